@@ -1,0 +1,251 @@
+"""What is added to a score: the base class of every bias, homes of fields, and sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def head_home() -> Any:
+    """A field with one number per head, [#B, #N]."""
+    return dataclasses.field(metadata={"home": "head"})
+
+
+def query_home() -> Any:
+    """A field with one number (or vector) per query, [#B, T, #N, ...]."""
+    return dataclasses.field(metadata={"home": "query"})
+
+
+def key_home() -> Any:
+    """A field with one number (or vector) per key, [#B, S, #N, ...]."""
+    return dataclasses.field(metadata={"home": "key"})
+
+
+def pair_home() -> Any:
+    """A field with one number per pair of query and key, [#B, #N, #T, #S]."""
+    return dataclasses.field(metadata={"home": "pair"})
+
+
+@dataclass_transform(
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(head_home, query_home, key_home, pair_home, dataclasses.field),
+)
+class Bias:
+    """A term added to the scaled scores: the base class.
+
+    A subclass becomes a frozen dataclass and a pytree by itself. It declares its arrays
+    as fields with a home and overrides at least one of `expand`, `contract` and `tile`;
+    every gradient, broadcast reduction, sum and kernel follows from these. A field
+    declared with `dataclasses.field(metadata={"static": True})` is not an array.
+
+    Values are added with `+`; an array counts as a `DenseBias`. Nothing is validated
+    here (JAX rebuilds the classes with None, specs and stacked arrays): calls validate.
+    """
+
+    # `tile` reads `t.away`: it is cheaper where every query is on one side of every key
+    sided = False
+    # fields whose gradient is that of the score itself (`tile` returns them as they are)
+    identity: tuple[str, ...] = ()
+
+    # NumPy arrays leave `array + bias` to __radd__
+    __array_ufunc__ = None
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, eq=False)(cls)
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        static = [f.name for f in fields if f.metadata.get("static")]
+        data = [f.name for f in fields if f.name not in static]
+        jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+
+    def expand(self) -> tuple[Bias, ...]:
+        """The term as a sum of simpler terms; computed on whole arrays."""
+        return (self,)
+
+    def contract(
+        self,
+    ) -> tuple[Float[Array, "#B T #N R"], Float[Array, "#B S #N R"]] | None:
+        """(A, B), if the term is the product sum_r A_ir B_jr; computed on whole arrays."""
+        return None
+
+    def tile(self, t: Any) -> Any:
+        """The term on a tile: a float32 array, or a tuple of parts that add up.
+
+        Inside, a field is what its home says, loaded: one number per head, query, key or
+        pair, shaped to broadcast against the tile. `t.distance` (float32: query position
+        minus key position), `t.query_position` and `t.key_position` (int32) are there,
+        and `t.away`, |distance| as a tuple of parts each as small as it can be.
+        """
+        return ()
+
+    def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """The largest value on query positions q0..q1 and key positions k0..k1, inclusive.
+
+        Arguments are integers or vectors of integers over blocks; head fields are
+        numbers. Optional: a term that does not override it is never pruned by.
+        """
+        raise NotImplementedError
+
+    def materialise(
+        self,
+        query_positions: Int[Array, "*#BN T"],
+        key_positions: Int[Array, "*#BN S"],
+    ) -> Float[Array, "#B #N T S"]:
+        """The term as an array, for plots and tests: O(TS) memory.
+
+        Args:
+            query_positions: int32 [T], [B, T] or [B, #N, T].
+            key_positions: int32 [S], [B, S] or [B, #N, S].
+
+        Returns:
+            The added values [#B, #N, T, S], at least float32.
+        """
+        region = Region(
+            _with_heads(query_positions)[..., :, None],
+            _with_heads(key_positions)[..., None, :],
+        )
+        terms = self.expand()
+        products = tuple(ab for t in terms if (ab := t.contract()) is not None)
+        values = Added(tuple(t for t in terms if has_tile(t)), products).on(region)
+        shape = (1, 1, region.query_position.shape[2], region.key_position.shape[3])
+        return functools.reduce(jnp.add, values, jnp.zeros(shape, region.dtype))
+
+    def __add__(self, other: Any) -> Bias:
+        return Sum((*_terms(self), *_terms(other)))
+
+    def __radd__(self, other: Any) -> Bias:
+        if isinstance(other, int) and other == 0:  # the start of sum(...)
+            return self
+        return Sum((*_terms(other), *_terms(self)))
+
+
+class Sum(Bias):
+    """A sum of terms; `Sum(())` is no bias at all."""
+
+    terms: tuple[Bias, ...] = ()
+
+    def expand(self) -> tuple[Bias, ...]:
+        """All terms, each expanded."""
+        return tuple(part for term in self.terms for part in term.expand())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Added:
+    """What the implementations see of a bias, its axes checked and flattened to one B.
+
+    `terms` have a `tile` and fields with homes, [#B, #N], [#B, T, #N], [#B, S, #N] and
+    [#B, #N, #T, #S]; `products` are pairs (A [#B, T, #N, R], B [#B, S, #N, R]).
+    """
+
+    terms: tuple[Bias, ...] = ()
+    products: tuple[tuple[Array, Array], ...] = ()
+
+    def on(self, region: Region) -> list[Float[Array, "#B #N #T #S"]]:
+        """The value of each term and product on whole axes, in the region's dtype."""
+        return [tile_on(term, region) for term in self.terms] + [
+            product_on(*sides, region.dtype) for sides in self.products
+        ]
+
+
+@dataclass(frozen=True)
+class Region:
+    """What `tile` sees on whole axes [B, N, T, S], outside the kernels."""
+
+    query_position: Int[Array, "#B #N T 1"]
+    key_position: Int[Array, "#B #N 1 S"]
+    dtype: Any = jnp.float32
+
+    @property
+    def distance(self) -> Float[Array, "#B #N T S"]:
+        """Query position minus key position."""
+        return (self.query_position - self.key_position).astype(self.dtype)
+
+    @property
+    def away(self) -> tuple[Float[Array, "#B #N T S"], ...]:
+        """|distance|, as parts."""
+        return (jnp.abs(self.distance),)
+
+
+def homes(term: Bias | type[Bias]) -> dict[str, str]:
+    """The fields that have a home, and which."""
+    fields = dataclasses.fields(term)  # pyright: ignore[reportArgumentType]
+    return {f.name: f.metadata["home"] for f in fields if "home" in f.metadata}
+
+
+def has_tile(term: Bias) -> bool:
+    """Whether the term is added elementwise."""
+    return type(term).tile is not Bias.tile
+
+
+def has_bound(term: Bias) -> bool:
+    """Whether the term knows the largest value it takes on a range."""
+    return type(term).bound is not Bias.bound
+
+
+def parts_of(value: Any) -> tuple[Array, ...]:
+    """What `tile` returned, as a tuple of parts."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def spread(home: str, x: Array) -> Array:
+    """A field of whole axes, shaped to broadcast against [B, N, T, S]."""
+    match home:
+        case "head":
+            return x[..., None, None]
+        case "query":
+            return jnp.swapaxes(x, 1, 2)[:, :, :, None]
+        case "key":
+            return jnp.swapaxes(x, 1, 2)[:, :, None, :]
+        case _:
+            return x
+
+
+def tile_on(term: Bias, region: Region) -> Float[Array, "#B #N #T #S"]:
+    """A term's `tile` on whole axes."""
+    fields = {
+        name: spread(home, getattr(term, name)).astype(region.dtype)
+        for name, home in homes(term).items()
+    }
+    parts = parts_of(dataclasses.replace(term, **fields).tile(region))
+    return functools.reduce(jnp.add, parts)
+
+
+def product_on(
+    a: Float[Array, "#B T #N R"], b: Float[Array, "#B S #N R"], dtype: Any
+) -> Float[Array, "#B #N T S"]:
+    """A product on whole axes; in `dtype`, whatever the default precision says."""
+    batch, heads = max(a.shape[0], b.shape[0]), max(a.shape[2], b.shape[2])
+    a, b = (
+        jnp.broadcast_to(x.astype(dtype), (batch, x.shape[1], heads, x.shape[3]))
+        for x in (a, b)
+    )
+    return jnp.einsum("BTNR,BSNR->BNTS", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def as_bias(x: Any) -> Bias:
+    """None, an array or a bias value, as a bias value."""
+    from pallas_attn.bias.dense import DenseBias
+
+    if x is None:
+        return Sum(())
+    return x if isinstance(x, Bias) else DenseBias(x)
+
+
+def _terms(x: Any) -> tuple[Bias, ...]:
+    x = as_bias(x)
+    return x.terms if isinstance(x, Sum) else (x,)
+
+
+def _with_heads(positions: Any) -> Int[Array, "#B #N L"]:
+    """[L], [B, L] or [B, #N, L] as [#B, #N, L]."""
+    positions = jnp.asarray(positions)
+    if positions.ndim == 1:
+        return positions[None, None, :]
+    return positions[:, None, :] if positions.ndim == 2 else positions

@@ -1,0 +1,1 @@
+"""Tiled passes, lowered to Triton."""

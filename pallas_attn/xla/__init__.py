@@ -1,0 +1,1 @@
+"""Chunked attention in plain JAX."""
