@@ -1,0 +1,128 @@
+"""Questions about the text of Triton IR: how each argument of a kernel is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+# What leaves a value's place in a tile and its linearity as they are: a bias that passes
+# through these alone is still "the bias".
+_SHAPELESS = frozenset(
+    "arith.addf arith.extf arith.mulf arith.negf arith.subf arith.truncf tt.broadcast"
+    " tt.expand_dims tt.trans ttg.convert_layout".split()
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One line of IR: `result = name operands`, and whether it stands in a loop."""
+
+    result: str
+    name: str
+    operands: tuple[str, ...]
+    looped: bool
+
+
+def operations(text: str) -> Iterator[Operation]:
+    """The operations of a kernel with a result or operands; a loop's carried values as
+    operations called "carried"."""
+    loops: list[int] = []  # the indentation of each loop around the line
+    for line in text.splitlines():
+        indentation = len(line) - len(line.lstrip())
+        if loops and indentation <= loops[-1] and line.lstrip().startswith("}"):
+            # `} do {` opens the second region of a while loop
+            if "do {" not in line:
+                loops.pop()
+            continue
+        code = line.split(" loc(")[0]
+        found = re.match(r"\s*(?:(%\w+)(?::\d+)? = )?\"?([\w.]+)", code)
+        if found is None or "%" not in code:
+            continue
+        result, name = found.group(1) or "", found.group(2)
+        if name in ("scf.for", "scf.while"):
+            for carried, start in re.findall(r"(%\w+) = (%[\w#]+)", code[found.end() :]):
+                yield Operation(carried, "carried", (start,), bool(loops))
+            loops.append(indentation)
+            continue
+        operands = tuple(re.findall(r"%[\w#]+", code[found.end() :].split(" : ")[0]))
+        yield Operation(result, name, operands, bool(loops))
+
+
+def copied(ttgir: str) -> frozenset[int]:
+    """Arguments that are read by asynchronous copies to shared memory."""
+    table = _table(ttgir)
+    copies = [
+        x for x in table.values() if x.name.startswith("ttg.async_copy_global_to_local")
+    ]
+    return _arguments(ttgir, table, copies)
+
+
+def loaded_in_loops(ttgir: str) -> frozenset[int]:
+    """Arguments that are loaded into registers inside a loop, whole tiles of them."""
+    table = _table(ttgir)
+    tiles = {
+        found.group(1)
+        for found in re.finditer(
+            r"(%\w+) = tt\.load .*?: tensor<\d+x\d+x!tt\.ptr", ttgir
+        )
+    }
+    loads = [x for x in table.values() if x.looped and x.result in tiles]
+    return _arguments(ttgir, table, loads)
+
+
+def accumulated(ttir: str) -> frozenset[int]:
+    """Arguments that some product takes, elementwise, as the start of its accumulator.
+
+    Triton does not pipeline the load of such an argument.
+    """
+    table = _table(ttir)
+    found: list[Operation] = []
+    for operation in table.values():
+        if operation.name == "tt.dot":
+            _loads_behind(operation.operands[2], table, found)
+    return _arguments(ttir, table, found)
+
+
+def _loads_behind(
+    value: str, table: dict[str, Operation], found: list[Operation]
+) -> None:
+    operation = table.get(value)
+    if operation is None:
+        return
+    if operation.name == "tt.load":
+        found.append(operation)
+    elif operation.name == "tt.dot":
+        _loads_behind(operation.operands[2], table, found)
+    elif operation.name in _SHAPELESS:
+        for operand in operation.operands:
+            _loads_behind(operand, table, found)
+
+
+def _table(text: str) -> dict[str, Operation]:
+    return {x.result: x for x in operations(text) if x.result}
+
+
+def _arguments(
+    text: str, table: dict[str, Operation], reads: list[Operation]
+) -> frozenset[int]:
+    """The kernel's pointer arguments behind the addresses of `reads`."""
+    signature = re.search(r"tt\.func [^\n]*", text)
+    assert signature is not None
+    places = {
+        name: place
+        for place, name in enumerate(re.findall(r"(%\w+): ", signature.group()))
+    }
+    pending = [x.operands[0] for x in reads]
+    seen: set[str] = set()
+    while pending:
+        value = pending.pop().split("#")[0]
+        if value in seen:
+            continue
+        seen.add(value)
+        operation = table.get(value)
+        # an index that was loaded itself does not belong to the address' array
+        if operation is not None and operation.name != "tt.load":
+            pending.extend(operation.operands)
+    return frozenset(places[x] for x in seen if x in places)
