@@ -1,0 +1,191 @@
+"""Softmax attention as the paper writes it: dense, and once with its written backward.
+
+    t = scale q.k + b ;  P = softmax of t over the visible keys ;  o = P v
+
+Everything is float32 (float64 where the query is), its products at full precision
+whatever `precision` says; results are rounded once, to the dtype of their operand.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pallas_attn.bias.base import Added, Region
+from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.visible import allowed, seen, seen_added, weighty
+
+
+einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Attention, differentiated by JAX: the specification.
+
+    Args:
+        query: Any floating dtype; float64 makes everything float64.
+        key: Of the same dtype; query head n reads key head n // (N // K).
+        value: Of the same dtype.
+        added: The bias.
+        visibility: The arrays that decide who may attend to whom.
+        call: The static facts.
+
+    Returns:
+        The output in the query's dtype, and the log-sum-exp of each row.
+    """
+    row = rows(query, key, value, added, visibility, call)
+    return row.output.astype(query.dtype), row.lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend_with_written_backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """`attend`, with the backward of the paper: what the kernels compute, densely.
+
+    delta = <do, o> ;  dP = do v^T ;  dT = P (dP - delta + dlse)
+    dq = scale dT k ;  dk = scale dT^T q ;  dv = P^T do ;  db = dT, summed to its shape
+    """
+    return attend(query, key, value, added, visibility, call)
+
+
+def _forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[tuple[Array, Array], Any]:
+    operands = (query, key, value, added, visibility)
+    return attend(*operands, call), operands
+
+
+def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
+    query, key, value, added, visibility = operands
+    row = rows(query, key, value, added, visibility, call)
+    alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
+    do, dlse = (x.astype(row.q.dtype) for x in cotangents)
+    do, dlse = jnp.where(alive[..., None], do, 0), jnp.where(alive, dlse, 0)
+
+    delta = (do * row.output).sum(3)
+    dp = einsum("BTNh,BSNh->BNTS", do, row.v)
+    dt = row.weights * (dp + jnp.swapaxes(dlse - delta, 1, 2)[..., None])
+    dt = jnp.where(row.visible, dt, 0)
+
+    dq = call.scale * einsum("BNTS,BSNH->BTNH", dt, row.k)
+    dk = call.scale * einsum("BNTS,BTNH->BSNH", dt, row.q)
+    dv = einsum("BNTS,BTNh->BSNh", row.weights, do)
+
+    def bias(added: Added) -> Array:
+        zero = jnp.zeros(dt.shape, dt.dtype)
+        return sum(seen_added(row.visible, added).on(region(visibility, call)), zero)
+
+    (dadded,) = jax.vjp(bias, added)[1](dt)
+    return (
+        dq.astype(query.dtype),
+        _shared_heads(dk, call).astype(key.dtype),
+        _shared_heads(dv, call).astype(value.dtype),
+        dadded,
+        None,
+    )
+
+
+attend_with_written_backward.defvjp(_forward, _backward)
+
+
+class Rows(NamedTuple):
+    """A forward with all that the paper gives a name, heads of keys written out."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S N H"]
+    v: Float[Array, "B S N h"]
+    visible: Bool[Array, "B N T S"]
+    weights: Float[Array, "B N T S"]  # P
+    output: Float[Array, "B T N h"]
+    lse: Float[Array, "B T N"]
+
+
+def rows(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+) -> Rows:
+    """The forward.
+
+    Visibility comes first, from the operands as they are; what no visible place reads
+    (and may be NaN) is then replaced by 0 before it meets anything.
+    """
+    dtype = accumulator(call)
+    q = query.astype(dtype)
+    k, v = (jnp.repeat(x.astype(dtype), call.G, axis=2) for x in (key, value))
+
+    visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
+    alive = visible.any(3)
+    q, k, v = (
+        seen(visible, x, home) for x, home in ((q, "query"), (k, "key"), (v, "key"))
+    )
+    t, _ = _logits(q, k, seen_added(visible, added), visibility, call)
+    t = jnp.where(visible, t, -jnp.inf)
+
+    m = jnp.where(alive, lax.stop_gradient(t).max(3), 0)
+    e = jnp.exp(t - m[..., None])
+    l = jnp.where(alive, e.sum(3), 1)
+    weights = e / l[..., None]
+    output = einsum("BNTS,BSNh->BTNh", weights, v)
+    output = jnp.where(jnp.swapaxes(alive, 1, 2)[..., None], output, 0)
+    lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
+    return Rows(q, k, v, visible, weights, output, jnp.swapaxes(lse, 1, 2))
+
+
+def accumulator(call: Call) -> Any:
+    """The dtype of scores, weights, sums and lse."""
+    return jnp.float64 if call.dtype == "float64" else jnp.float32
+
+
+def region(visibility: Visibility, call: Call) -> Region:
+    """Where a term is evaluated: every query and every key."""
+    queries, keys = positions(call, visibility)
+    return Region(queries[..., :, None], keys[..., None, :], accumulator(call))
+
+
+def _logits(
+    q: Array, k: Array, added: Added, visibility: Visibility, call: Call
+) -> tuple[Float[Array, "B N T S"], list[Float[Array, "#B #N #T #S"]]]:
+    """Scores with every term, and each term's own value."""
+    values = added.on(region(visibility, call))
+    return sum(values, call.scale * einsum("BTNH,BSNH->BNTS", q, k)), values
+
+
+def _visible(
+    q: Array, k: Array, added: Added, visibility: Visibility, call: Call
+) -> Bool[Array, "B N T S"]:
+    """Places that are allowed and that neither a term nor the sum leaves weightless."""
+    t, values = _logits(q, k, added, visibility, call)
+    places = (allowed(call, visibility), *map(weighty, (t, *values)))
+    return functools.reduce(jnp.logical_and, places)
+
+
+def _shared_heads(dx: Float[Array, "B S N x"], call: Call) -> Float[Array, "B S K x"]:
+    """The sum over the query heads that share a key head."""
+    return dx.reshape(*dx.shape[:2], call.K, call.G, -1).sum(3)

@@ -1,0 +1,84 @@
+"""Who may attend to whom, on whole axes, and what nobody may see."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.call import Call, NO_WEIGHT, positions, Visibility
+
+
+def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
+    """Which key each query may attend to, by position, length, segment and mask.
+
+    Axes along which nothing varies have size 1; True everywhere without a condition.
+    """
+    conditions = []
+    queries, keys = positions(call, visibility)
+    distance = queries[:, :, :, None] - keys[:, :, None, :]
+    if call.causal:
+        conditions.append(distance >= 0)
+    if call.window is not None:
+        left, right = call.window
+        conditions += [distance <= left, distance >= -right]
+    if visibility.query_lengths is not None:
+        rows = jnp.arange(call.T, dtype=jnp.int32)[None, None, :, None]
+        conditions.append(rows < visibility.query_lengths[:, None, None, None])
+    if visibility.key_lengths is not None:
+        cols = jnp.arange(call.S, dtype=jnp.int32)[None, None, None, :]
+        conditions.append(cols < visibility.key_lengths[:, None, None, None])
+    if visibility.query_segments is not None:
+        assert visibility.key_segments is not None
+        rows = visibility.query_segments[:, None, :, None]
+        conditions.append(rows == visibility.key_segments[:, None, None, :])
+    if visibility.mask is not None:
+        conditions.append(visibility.mask)
+    everyone = jnp.ones((1, 1, 1, 1), bool)
+    return functools.reduce(jnp.logical_and, conditions, everyone)
+
+
+def weighty(x: Array) -> Bool[Array, "..."]:
+    """Whether a logit or a term's own value leaves a key any weight; NaN does."""
+    return ~(x <= NO_WEIGHT)
+
+
+def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
+    """A field, 0 where no place that is True reads it.
+
+    So that NaN there reaches neither a score nor, as 0 * NaN, a gradient.
+    """
+    match home:
+        case "query":  # [#B, T, #N, ...]
+            by = jnp.swapaxes(places.any(3), 1, 2)
+        case "key":  # [#B, S, #N, ...]
+            by = jnp.swapaxes(places.any(2), 1, 2)
+        case "pair":  # [#B, #N, #T, #S]
+            by = places
+        case _:
+            return x
+    by = by.reshape(by.shape + (1,) * (x.ndim - by.ndim))
+    return jnp.where(by, x, jnp.zeros((), x.dtype))
+
+
+def seen_added(places: Bool[Array, "#B #N T S"], added: Added) -> Added:
+    """All fields and factors of a bias, 0 where no place that is True reads them."""
+
+    def term(t: Bias) -> Any:
+        fields = {
+            name: seen(places, getattr(t, name), home)
+            for name, home in homes(t).items()
+        }
+        return dataclasses.replace(t, **fields)
+
+    return Added(
+        tuple(term(t) for t in added.terms),
+        tuple(
+            (seen(places, a, "query"), seen(places, b, "key"))
+            for a, b in added.products
+        ),
+    )
