@@ -1,8 +1,8 @@
 """Kernels lowered for CUDA on any machine, and what the `triton` wheel makes of them.
 
 Nothing here needs a GPU: JAX lowers for the abstract device of a mesh, and the wheel
-brings its own copy of ptxas. XLA compiles with another version of Triton, so the figures
-are those of a sibling; the card decides.
+brings its own copy of ptxas. XLA compiles with another version of Triton, so the
+figures are those of a sibling; the card decides.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Record:
         shared: Bytes of shared memory.
         wgmma: Warp-group matrix instructions (`wgmma`, Hopper only).
         serialised: Whether ptxas makes each of them wait for the one before.
-        copied: Arguments (their places in `Kernel.arguments`) read by asynchronous copy.
+        copied: Arguments (places in `Kernel.arguments`) read by asynchronous copies.
         loaded: Arguments loaded into registers inside a loop, tile by tile.
         accumulated: Arguments that a product takes as the start of its accumulator.
     """
@@ -114,8 +114,8 @@ def lower(f: Callable[..., Any], *specs: Any, arch: int = 90) -> tuple[Kernel, .
     """
     with abstract_gpu(arch):
         # a fresh function: jit's trace cache does not look at the mesh's device
-        lowered = jax.jit(lambda *a: f(*a)).trace(*specs).lower(
-            lowering_platforms=("cuda",)
+        lowered = (
+            jax.jit(lambda *a: f(*a)).trace(*specs).lower(lowering_platforms=("cuda",))
         )
     return tuple(_kernels(lowered.compiler_ir().operation))
 
@@ -125,7 +125,9 @@ def unavailable() -> str | None:
     try:
         importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "the triton package is missing: pip install triton (Linux; no GPU needed)"
+        return (
+            "the triton package is missing: pip install triton (Linux; no GPU needed)"
+        )
     return None
 
 
@@ -133,7 +135,9 @@ def triton_version() -> str:
     """The version of the `triton` wheel, and of its ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    return f"triton {importlib.metadata.version('triton')}, ptxas {get_ptxas(90).version}"
+    return (
+        f"triton {importlib.metadata.version('triton')}, ptxas {get_ptxas(90).version}"
+    )
 
 
 @functools.lru_cache(maxsize=4096)

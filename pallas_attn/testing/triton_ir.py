@@ -7,11 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-# What leaves a value's place in a tile and its linearity as they are: a bias that passes
-# through these alone is still "the bias".
+# What changes neither which entry of a tile a value is nor its linearity: a bias that
+# passes through these alone is still "the bias".
 _SHAPELESS = frozenset(
-    "arith.addf arith.extf arith.mulf arith.negf arith.subf arith.truncf tt.broadcast"
-    " tt.expand_dims tt.trans ttg.convert_layout".split()
+    [
+        "arith.addf",
+        "arith.extf",
+        "arith.mulf",
+        "arith.negf",
+        "arith.subf",
+        "arith.truncf",
+        "tt.broadcast",
+        "tt.expand_dims",
+        "tt.trans",
+        "ttg.convert_layout",
+    ]
 )
 
 
@@ -26,8 +36,7 @@ class Operation:
 
 
 def operations(text: str) -> Iterator[Operation]:
-    """The operations of a kernel with a result or operands; a loop's carried values as
-    operations called "carried"."""
+    """The operations of a kernel; a loop's carried values are called "carried"."""
     loops: list[int] = []  # the indentation of each loop around the line
     for line in text.splitlines():
         indentation = len(line) - len(line.lstrip())
@@ -42,7 +51,9 @@ def operations(text: str) -> Iterator[Operation]:
             continue
         result, name = found.group(1) or "", found.group(2)
         if name in ("scf.for", "scf.while"):
-            for carried, start in re.findall(r"(%\w+) = (%[\w#]+)", code[found.end() :]):
+            for carried, start in re.findall(
+                r"(%\w+) = (%[\w#]+)", code[found.end() :]
+            ):
                 yield Operation(carried, "carried", (start,), bool(loops))
             loops.append(indentation)
             continue

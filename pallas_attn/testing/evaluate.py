@@ -1,0 +1,113 @@
+"""A sampled call evaluated: by any implementation, with gradients, and in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_attn.api import dot_product_attention
+from pallas_attn.config import Block, Config
+from pallas_attn.testing.cases import Case, Sample
+from pallas_attn.testing.lowering import Kernel, lower
+
+
+# Small blocks, unlike each other: several of each in a ragged case, and a confusion of
+# the two axes or of two passes shows.
+SMALL = Config(
+    forward=Block(32, 16),
+    rows=Block(16, 32),
+    cols=Block(32, 32),
+    tiles=Block(16, 16),
+)
+
+
+def attention(settings: dict[str, Any], **options: Any) -> Callable[..., Any]:
+    """(operands, conditions) -> (output, lse) of `dot_product_attention`.
+
+    Args:
+        settings: Python arguments of the call, from a `Sample`.
+        **options: More of them: implementation, config, precision.
+    """
+
+    def attend(operands: dict[str, Any], conditions: dict[str, Any]) -> Any:
+        return dot_product_attention(
+            **operands, **conditions, **settings, **options, return_residual=True
+        )
+
+    return attend
+
+
+def with_gradients(
+    settings: dict[str, Any], *, residual: bool = True, **options: Any
+) -> Callable[..., Any]:
+    """(operands, conditions, cotangents) -> ((output, lse), gradients of operands).
+
+    Args:
+        settings: Python arguments of the call, from a `Sample`.
+        residual: Whether the log-sum-exp has a cotangent.
+        **options: More arguments of the call.
+    """
+    attend = attention(settings, **options)
+
+    def evaluate(operands: Any, conditions: Any, cotangents: Any) -> Any:
+        primals, pullback = jax.vjp(lambda x: attend(x, conditions), operands)
+        do, dlse = cotangents
+        if not residual:
+            dlse = jnp.zeros_like(dlse)
+        return primals, pullback((do, dlse.astype(primals[1].dtype)))[0]
+
+    return evaluate
+
+
+def values(sample: Sample, **options: Any) -> Any:
+    """(output, lse), jitted."""
+    attend = jax.jit(attention(sample.settings, **options))
+    return attend(sample.operands, sample.conditions)
+
+
+def gradients(sample: Sample, *, residual: bool = True, **options: Any) -> Any:
+    """((output, lse), gradients), jitted."""
+    evaluate = with_gradients(sample.settings, residual=residual, **options)
+    return jax.jit(evaluate)(sample.operands, sample.conditions, sample.cotangents)
+
+
+def truth(sample: Sample, *, residual: bool = True) -> Any:
+    """((output, lse), gradients) by the dense reference in float64, as NumPy arrays.
+
+    The operands are those of the sample: what a 16-bit sample is judged by is the
+    meaning of its rounded numbers.
+    """
+    with jax.enable_x64(True):
+        operands, cotangents = jax.tree.map(_wide, (sample.operands, sample.cotangents))
+        evaluate = with_gradients(
+            sample.settings, residual=residual, implementation="reference"
+        )
+        found = jax.jit(evaluate)(operands, sample.conditions, cotangents)
+        return jax.tree.map(np.asarray, found)
+
+
+@functools.cache
+def true_gradients(case: Case, residual: bool = True) -> Any:
+    """`truth` of a case's sample, remembered for the next implementation."""
+    return truth(case.sample(), residual=residual)
+
+
+def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]:
+    """The kernels of a case's forward and backward, lowered for a GPU of `arch`."""
+    sample = case.specs()
+    return lower(
+        with_gradients(sample.settings, implementation="triton", **options),
+        sample.operands,
+        sample.conditions,
+        sample.cotangents,
+        arch=arch,
+    )
+
+
+def _wide(x: Any) -> Any:
+    return jnp.asarray(np.asarray(x).astype(np.float64))

@@ -1,0 +1,185 @@
+"""Every tolerance, and why it is what it is.
+
+The error of a leaf is ||x - y|| / ||y||, y being the float64 reference: one number per
+output and gradient that neither grows with the size of an array nor with its scale. Two
+levels are needed. In float32 with exact products an implementation that computes the
+right formula is within `FORMULA`; a wrong one is not, but rounding in 16 bits stays
+unseen. In 16 bits the measure is another computation of the same precision; that one is
+blind below a few hundredths of a leaf's maximum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+# float32 rounds by u = 2^-24 = 6e-8. A score of size s is off by a few u s, and exp
+# turns that into a relative error of its weight: with |s| <= 10, products of up to 256
+# numbers and sums over rows, about 40 u = 2.4e-6. A wrong formula errs by over 1e-3.
+FORMULA = 1e-5
+
+# Two computations that round in different places err differently by a factor of about
+# sqrt(2); a backward of seven products has more such places than a forward of two.
+OUTPUT_RATIO = 2.0
+GRADIENT_RATIO = 3.0
+
+# Pruning leaves out 2^-24 = 6e-8 of a row's (a key's) weight, of values that may be the
+# largest there are, per side and per query head of a group; and a sum taken in another
+# order is off by a few units of 2^-24 too.
+PRUNING = 1e-6
+
+# A gradient that is 0 in exact arithmetic (of a bias [.., T, 1] under softmax: the sum
+# of a row of dS) is a sum of terms of size |do| |v| = 1 to 10 whose rounding stays: as
+# FORMULA, but absolute. In float64 the truth itself is then about 1e-15.
+NOTHING = 1e-11
+
+
+def relative_error(x: Any, y: Any) -> float:
+    """||x - y|| / ||y|| over the places where y is finite.
+
+    Args:
+        x: What was computed.
+        y: The truth.
+
+    Returns:
+        The error; inf if the two are not infinite (or NaN) in the same places; the
+        largest |x| where y is 0 in exact arithmetic.
+    """
+    x, y = _float64(x), _float64(y)
+    chex.assert_equal_shape([x, y])
+    finite = np.isfinite(y)
+    if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+        return float("inf")
+    x, y = x[finite], y[finite]
+    if not np.isfinite(x).all():
+        return float("inf")
+    if not y.size:
+        return 0.0
+    if np.abs(y).max() < NOTHING:
+        return float(np.abs(x).max())
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def errors(got: Any, want: Any) -> dict[str, float]:
+    """The relative error of each leaf, by its path."""
+    chex.assert_trees_all_equal_structs(got, want)
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    return {
+        jax.tree_util.keystr(path) or "the result": relative_error(x, y)
+        for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True)
+    }
+
+
+def assert_formula(got: Any, want: Any) -> None:
+    """float32 at full precision: every leaf within `FORMULA` of float64."""
+    found = errors(got, want)
+    wrong = {name: error for name, error in found.items() if not error <= FORMULA}
+    assert not wrong, _table(
+        f"relative errors above {FORMULA:g}",
+        {name: f"{error:.2e}" for name, error in wrong.items()},
+    )
+
+
+def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
+    """Lower precision: no leaf much worse than the same-precision computation `peer`.
+
+    ||x - y|| <= ratio ||peer - y|| + eps max|y| sqrt(size): the last term is one unit
+    of the leaf's dtype, at the leaf's largest value, in each entry, for where the peer
+    happens to be exact.
+
+    Args:
+        got: What was computed.
+        peer: The same, by XLA on arrays of the same dtypes.
+        want: The float64 truth.
+        ratio: `OUTPUT_RATIO` or `GRADIENT_RATIO`.
+    """
+    chex.assert_trees_all_equal_structs(got, peer, want)
+    wrong = {}
+    paths = jax.tree_util.tree_leaves_with_path(got)
+    for (path, x), z, y in zip(
+        paths, jax.tree.leaves(peer), jax.tree.leaves(want), strict=True
+    ):
+        unit = float(jnp.finfo(x.dtype).eps)
+        truth = _float64(y)
+        finite = truth[np.isfinite(truth)]
+        if not finite.size:
+            continue
+        mine, theirs = relative_error(x, y), relative_error(z, y)
+        slack = unit
+        if np.abs(finite).max() >= NOTHING:
+            rms = np.linalg.norm(finite) / np.sqrt(finite.size)
+            slack = unit * np.abs(finite).max() / rms
+        if not mine <= ratio * theirs + slack:
+            times = mine / theirs if theirs else float("inf")
+            name = jax.tree_util.keystr(path) or "the result"
+            wrong[name] = f"{mine:.2e}, peer {theirs:.2e}, ratio {times:.2f}"
+    assert not wrong, _table(f"more than {ratio:g} times the error of the peer", wrong)
+
+
+def assert_pruning_unseen(pruned: Any, unpruned: Any) -> None:
+    """Every entry within `PRUNING` of the leaf's largest; NaN in the same places."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(pruned, unpruned)
+    found = pruning_errors(pruned, unpruned)
+    wrong = {name: error for name, error in found.items() if not error <= PRUNING}
+    assert not wrong, _table(
+        f"pruned and unpruned differ by more than {PRUNING:g} of the maximum",
+        {name: f"{error:.2e}" for name, error in wrong.items()},
+    )
+
+
+def pruning_errors(pruned: Any, unpruned: Any) -> dict[str, float]:
+    """The largest difference of each leaf, in units of the leaf's largest entry."""
+    found = {}
+    leaves = jax.tree_util.tree_leaves_with_path(pruned)
+    for (path, x), y in zip(leaves, jax.tree.leaves(unpruned), strict=True):
+        x, y = _float64(x), _float64(y)
+        finite = np.isfinite(y)
+        if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+            error = float("inf")
+        elif not finite.any():
+            error = 0.0
+        else:
+            largest = max(np.abs(y[finite]).max(), np.finfo(np.float32).tiny)
+            error = float(np.abs(x[finite] - y[finite]).max() / largest)
+        found[jax.tree_util.keystr(path) or "the result"] = error
+    return found
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    """Bitwise equality of every leaf, of zeros' signs and NaNs too."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, second)
+    leaves = jax.tree_util.tree_leaves_with_path(first)
+    different = {}
+    for (path, x), y in zip(leaves, jax.tree.leaves(second), strict=True):
+        x, y = np.atleast_1d(np.asarray(x)), np.atleast_1d(np.asarray(y))
+        bits = x.view(np.uint8) != y.view(np.uint8)
+        if bits.any():
+            name = jax.tree_util.keystr(path) or "the result"
+            different[name] = f"{int(bits.sum())} of {bits.size} bytes"
+    assert not different, _table("bits differ", different)
+
+
+def assert_zero(tree: Any) -> None:
+    """Every entry of every leaf is exactly 0."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    wrong = {
+        jax.tree_util.keystr(path): f"largest {np.abs(_float64(x)).max():.2e}"
+        for path, x in leaves
+        if np.size(x) and not (_float64(x) == 0).all()
+    }
+    assert not wrong, _table("not 0", wrong)
+
+
+def _float64(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    return "\n".join(
+        [f"{title}:", *(f"  {name}: {text}" for name, text in rows.items())]
+    )
