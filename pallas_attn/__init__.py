@@ -1,0 +1,22 @@
+"""Attention with biases, in Pallas: one function, forward and backward."""
+
+from pallas_attn.api import (
+    dot_product_attention as dot_product_attention,
+    visited as visited,
+)
+from pallas_attn.bias.alibi import (
+    ALiBi as ALiBi,
+    alibi_slopes as alibi_slopes,
+    linear_alibi_slopes as linear_alibi_slopes,
+)
+from pallas_attn.bias.base import (
+    Bias as Bias,
+    head_home as head_home,
+    key_home as key_home,
+    pair_home as pair_home,
+    query_home as query_home,
+)
+from pallas_attn.bias.dense import DenseBias as DenseBias
+from pallas_attn.bias.factored import FactoredBias as FactoredBias
+from pallas_attn.config import Block as Block, Config as Config
+from pallas_attn.normalizers.softmax import Softmax as Softmax

@@ -1,0 +1,237 @@
+"""The public functions: check, choose an implementation, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from pallas_attn.bias.base import Bias
+from pallas_attn.canonical import accumulator, canonical
+from pallas_attn.checks import options as check
+from pallas_attn.config import Config
+from pallas_attn.implementations import attend_of
+from pallas_attn.normalizers.softmax import Softmax
+
+
+class Visited(NamedTuple):
+    """The share of visible blocks that each pass visits, float32 [*B, N] each."""
+
+    forward: Float[Array, "*B N"]
+    rows: Float[Array, "*B N"]
+    cols: Float[Array, "*B N"]
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_segment_ids: ArrayLike | None = None,
+    normalizer: Softmax = Softmax(),
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | Sequence[str] | None = None,
+    config: Config | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """Attention with biases: softmax(scale q.k + bias) v over the keys a query may see.
+
+    A superset of `jax.nn.dot_product_attention`. With t_ij = scale q_i.k_j + bias_ij
+    and V(i) the keys that query i may attend to:
+
+        lse_i = log sum_{j in V(i)} exp t_ij
+        o_i   = sum_{j in V(i)} exp(t_ij - lse_i) v_j
+
+    A query that may attend to nothing has o = 0, lse = -inf and zero gradients.
+
+    Letters: B batch; T queries; S keys; N query heads; K key heads, a divisor of N
+    (query head n reads key head n // (N // K)); H head dim of query and key; h of
+    value. #B is "1 or B". B stands for any number of leading axes, none included; each
+    may be shared by itself.
+
+    Args:
+        query: [B, T, N, H]; float16, bfloat16 or float32 (float64: "xla", "reference").
+        key: [B, S, K, H], in query's dtype.
+        value: [B, S, K, h], in query's dtype.
+        bias: Added to the scaled scores, never scaled: an array [#B, #N, #T, #S] (fewer
+            axes align to the right), a bias value (`DenseBias`, `FactoredBias`,
+            `ALiBi`, your own `Bias`), or a sum of them with `+`; in any floating dtype.
+            Gradients are summed over shared axes. Under `vmap` over the query with an
+            unmapped bias JAX forms one bias gradient per mapped element before it sums:
+            use a batch axis instead.
+        mask: bool [#B, #N, #T, #S], True where a query may attend.
+        scale: Of the scores; 1/sqrt(H) by default. A number, or a scalar array by which
+            the query is multiplied first.
+        is_causal: Attend to key positions <= the query's position only.
+        query_seq_lengths: int32 [B]; queries beyond have output 0.
+        key_value_seq_lengths: int32 [B]; keys beyond are not attended to. Lengths
+            outside 0..T (S) act as the nearest.
+        local_window_size: An int or (left, right): attend to key positions from
+            position - left to position + right, inclusive.
+        query_offset: Position of query 0, an int or int32 [] or [#B]; keys stand at
+            0..S-1. S - T is a decode step, or one shard of a long sequence.
+        query_positions: int32 [T], [#B, T] or [#B, #N, T], within +-2^30, in any order;
+            instead of an offset. Causality, the window and ALiBi read positions.
+        key_positions: int32 [S], [#B, S] or [#B, #N, S].
+        query_segment_ids: int32 [B, T]; attend only where ids are equal.
+        key_segment_ids: int32 [B, S].
+        normalizer: How scores become weights: `Softmax()`.
+        logits_soft_cap: Not implemented yet; None.
+        dropout_rate: Not implemented yet; 0.0.
+        dropout_rng: Unused while the rate is 0.
+        precision: Of the products, as `jax.lax.Precision`; None is
+            `jax.default_matmul_precision`.
+        implementation: "triton" (Pallas kernels; a CUDA GPU of compute capability
+            >= 8.0, heads of at most 256), "triton_interpret" (the same kernels,
+            interpreted on any platform), "xla" (chunked, linear memory, any platform;
+            twice differentiable) or "reference" (dense). None is "triton" where it can
+            run, else "xla"; a sequence is tried in order. A named one never falls back.
+        config: Block sizes of the kernels, and whether to prune.
+        return_residual: Also return lse.
+
+    Returns:
+        The output [B, T, N, h] in query's dtype; with `return_residual` a pair of it
+        and lse, float32 [B, T, N] (float64 for float64), differentiable.
+
+    Raises:
+        ValueError: if a shape, range, name or combination of arguments is wrong.
+        TypeError: if a dtype or class is, or a static argument is traced.
+        NotImplementedError: if a named implementation cannot run the call, or an
+            argument is announced only.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, pallas_attn
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+        >>> alibi = pallas_attn.ALiBi(pallas_attn.alibi_slopes(8))
+        >>> pair = jnp.zeros((1, 8, 97, 97))
+        >>> attention = pallas_attn.dot_product_attention
+        >>> attention(q, k, v, alibi + pair, is_causal=True).shape
+        (2, 97, 8, 64)
+
+    Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691); Press et al., ALiBi (arXiv
+    2108.12409); FlashBias (arXiv 2505.12044).
+    """
+    given = canonical(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        normalizer=normalizer,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        implementation=implementation,
+        config=config,
+    )
+    return_residual = check.flag("return_residual", return_residual)
+    *operands, call, name, sizes = given
+    if sizes.empty:
+        output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
+        lse = jnp.full(output.shape[:-1], -jnp.inf, accumulator(output.dtype))
+    else:
+        output, lse = attend_of(name)(*operands, call)
+    output = output.reshape(*sizes.leading, *output.shape[1:])
+    lse = lse.reshape(*sizes.leading, *lse.shape[1:])
+    return (output, lse) if return_residual else output
+
+
+def visited(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_segment_ids: ArrayLike | None = None,
+    normalizer: Softmax = Softmax(),
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | Sequence[str] | None = None,
+    config: Config | None = None,
+) -> Visited:
+    """The share of visible blocks that each pass visits: what pruning leaves.
+
+    Takes the arguments of `dot_product_attention`, and raises what it raises.
+
+    Returns:
+        `Visited(forward, rows, cols)`, float32 [B, N] each, between 0 and 1: the
+        forward pass, the backward pass that owns dq, and the one that owns dk and dv.
+        Ones where the implementation does not prune ("xla", "reference").
+
+    Example:
+        >>> import jax, pallas_attn
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+        >>> pallas_attn.visited(q, k, v, implementation="xla").forward.shape
+        (2, 8)
+    """
+    given = canonical(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        normalizer=normalizer,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        implementation=implementation,
+        config=config,
+    )
+    *operands, call, name, sizes = given
+    if sizes.empty or name in ("xla", "reference"):
+        shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
+    else:
+        from pallas_attn.kernels.attention import visited_blocks
+
+        shares = visited_blocks(*operands, call)
+    return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

@@ -1,0 +1,189 @@
+"""From the arguments of a call to what an implementation takes: checked, one B."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_attn.bias.base import Added, Bias, has_tile, homes
+from pallas_attn.call import Call, Visibility
+from pallas_attn.checks import (
+    arrays as check,
+    bias as check_bias,
+    options as check_static,
+)
+from pallas_attn.implementations import current_device, resolve
+from pallas_attn.shapes import flattened, Sizes
+
+
+# Axes of a field behind the leading ones.
+RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3}
+
+# Scales below this are multiplied into the query: kernels divide factors by the scale.
+LEAST_SCALE = 2.0**-20
+
+
+class Canonical(NamedTuple):
+    """A call as the implementations take it, and what undoes the flattening."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K h"]
+    added: Added
+    visibility: Visibility
+    call: Call
+    implementation: str
+    sizes: Sizes
+
+
+def canonical(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    *,
+    scale: Any,
+    is_causal: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    query_offset: Any,
+    query_positions: Any,
+    key_positions: Any,
+    query_segment_ids: Any,
+    key_segment_ids: Any,
+    normalizer: Any,
+    logits_soft_cap: Any,
+    dropout_rate: Any,
+    precision: Any,
+    implementation: Any,
+    config: Any,
+) -> Canonical:
+    """Checks every argument of `dot_product_attention`; flattens leading axes."""
+    check_static.normalizer(normalizer)
+    check_static.no_soft_cap(logits_soft_cap)
+    check_static.no_dropout(dropout_rate)
+    implementation = check_static.implementation(implementation)
+
+    q, k, v, sizes = check.operands(query, key, value)
+    q, positive = _scaled(q, check.scale(scale))
+    offset = check.offset(query_offset, sizes)
+    query_lengths, key_lengths = (
+        check.lengths("query_seq_lengths", query_seq_lengths, sizes, sizes.T),
+        check.lengths("key_value_seq_lengths", key_value_seq_lengths, sizes, sizes.S),
+    )
+    visibility = _visibility(
+        sizes,
+        mask=check.mask(mask, sizes),
+        lengths=(query_lengths, key_lengths),
+        segments=check.segments(query_segment_ids, key_segment_ids, sizes),
+        positions=check.positions(query_positions, key_positions, query_offset, sizes),
+        offset=offset,
+    )
+    added = _added(check_bias.given(bias, sizes), sizes, q.dtype)
+    choice = resolve(
+        implementation, current_device(), dtype=q.dtype.name, H=sizes.H, h=sizes.h
+    )
+    name = check_static.runnable(choice)
+    call = Call(
+        B=sizes.B,
+        N=sizes.N,
+        K=sizes.K,
+        T=sizes.T,
+        S=sizes.S,
+        H=sizes.H,
+        h=sizes.h,
+        scale=positive,
+        dtype=q.dtype.name,
+        causal=check_static.flag("is_causal", is_causal),
+        window=check_static.window(local_window_size),
+        offset=offset if isinstance(offset, int) else None,
+        precision=check_static.precision(precision),
+        config=check_static.config(config),
+        interpret=name == "triton_interpret",
+    )
+    q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
+    return Canonical(q, k, v, added, visibility, call, name, sizes)
+
+
+def accumulator(dtype: Any) -> Any:
+    """What scores, lse and sums are held in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _scaled(
+    q: Float[Array, "*B T N H"], scale: float | Array | None
+) -> tuple[Float[Array, "*B T N H"], float]:
+    """The query and a scale > 0 that together do what the given scale does."""
+    if scale is None:
+        return q, 1 / math.sqrt(q.shape[-1])
+    if not isinstance(scale, float):
+        wide = accumulator(q.dtype)
+        return (q.astype(wide) * scale.astype(wide)).astype(q.dtype), 1.0
+    if scale < 0:
+        q, scale = -q, -scale
+    if scale < LEAST_SCALE:
+        return q * jnp.asarray(scale, q.dtype), 1.0
+    return q, scale
+
+
+def _visibility(
+    sizes: Sizes,
+    *,
+    mask: Array | None,
+    lengths: tuple[Array | None, Array | None],
+    segments: tuple[Array, Array] | None,
+    positions: tuple[Array | None, Array | None],
+    offset: int | Array,
+) -> Visibility:
+    def flat(x: Array | None, rank: int) -> Array | None:
+        return None if x is None else flattened(x, sizes.leading, rank)
+
+    query_positions, key_positions = positions
+    if any(x is not None for x in positions):
+        query_positions, key_positions = (
+            jnp.arange(length, dtype=jnp.int32) if x is None else x
+            for x, length in zip(positions, (sizes.T, sizes.S), strict=True)
+        )
+    query_segments, key_segments = segments or (None, None)
+    return Visibility(
+        offset=None if isinstance(offset, int) else flat(offset, 0),
+        query_positions=flat(query_positions, 2),
+        key_positions=flat(key_positions, 2),
+        query_lengths=flat(lengths[0], 0),
+        key_lengths=flat(lengths[1], 0),
+        query_segments=flat(query_segments, 1),
+        key_segments=flat(key_segments, 1),
+        mask=flat(mask, 3),
+    )
+
+
+def _added(bias: Bias, sizes: Sizes, dtype: Any) -> Added:
+    """The terms and products of a bias, their leading axes as one."""
+
+    def flat(x: Array, rank: int) -> Array:
+        if x.dtype == jnp.float64:
+            x = x.astype(accumulator(dtype))
+        return flattened(x, sizes.leading, rank)
+
+    terms, products = [], []
+    expanded = bias.expand()
+    for i, term in enumerate(expanded):
+        name = "bias" if len(expanded) == 1 else f"bias.terms[{i}]"
+        term = check_bias.term(name, term, bias)
+        if (sides := check_bias.product(name, term, sizes)) is not None:
+            a, b = (flat(side, 3) for side in sides)
+            if a.dtype != b.dtype:
+                a, b = (side.astype(accumulator(dtype)) for side in (a, b))
+            products.append((a, b))
+        if has_tile(term):
+            fields = check_bias.tiled(name, term, sizes)
+            at = homes(term)
+            flats = {f: flat(x, RANKS[at[f]]) for f, x in fields.items()}
+            terms.append(dataclasses.replace(term, **flats))
+    return Added(tuple(terms), tuple(products))

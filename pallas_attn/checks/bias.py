@@ -1,0 +1,150 @@
+"""What can be wrong about a bias: its class, its fields, what its methods return."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array
+
+from pallas_attn.bias.base import Bias, has_tile, homes, Sum
+from pallas_attn.bias.dense import DenseBias
+from pallas_attn.checks.rules import (
+    array,
+    floating,
+    kind,
+    not_yet,
+    shape,
+    shape_from_the_right,
+)
+from pallas_attn.shapes import axes, Sizes
+
+
+# By home: the axes of a field, and what to do about a wrong one. Behind those of a
+# query or key field may stand axes of its own, which `contract` or `expand` uses up.
+HOME_RULES = {
+    "head": ("#B #N", "Give one number per head."),
+    "query": ("#B T #N", "Give every leading axis, of size 1 where it is shared."),
+    "key": ("#B S #N", "Give every leading axis, of size 1 where it is shared."),
+    "pair": ("#B #N #T #S", "Give a shared axis the size 1."),
+}
+ALIGNED = ("head", "pair")
+
+
+def given(x: Any, sizes: Sizes) -> Bias:
+    """A bias value with checked arrays for fields; an array is a DenseBias."""
+    if x is None:
+        return Sum(())
+    if isinstance(x, Bias):
+        return _with_arrays("bias", x, sizes)
+    not_yet("bias", x)
+    if isinstance(x, type) and issubclass(x, Bias):
+        raise TypeError(
+            f"`bias` must be a value, not a class; got {kind(x)}. Write "
+            f"`{x.__name__}(...)`."
+        )
+    found = array("bias", x)
+    letters, advice = HOME_RULES["pair"]
+    shape_from_the_right("bias", found, axes(letters, sizes), advice)
+    addable("bias", found)
+    return DenseBias(found)
+
+
+def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
+    if isinstance(term, Sum):
+        named = enumerate(term.terms)
+        return Sum(
+            tuple(_with_arrays(f"{name}.terms[{i}]", t, sizes) for i, t in named)
+        )
+    if not isinstance(term, Bias):
+        not_yet(name, term)
+        raise TypeError(f"`{name}` must be a Bias; got {kind(term)}.")
+    fields = {
+        field: _field(f"{name}.{field}", getattr(term, field), home, sizes)
+        for field, home in homes(term).items()
+    }
+    return dataclasses.replace(term, **fields) if fields else term
+
+
+def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
+    found = array(name, x)
+    letters, advice = HOME_RULES[home]
+    rule = axes(letters, sizes)
+    if home in ALIGNED:
+        least_axes = 1 if home == "head" else 0
+        if found.ndim < least_axes:
+            shape(name, found, rule, advice)
+        shape_from_the_right(name, found, rule, advice)
+    else:
+        # axes of its own are any: the rule spells them as they are
+        own = {f"R{i}": n for i, n in enumerate(found.shape[len(rule) :])}
+        shape(name, found, rule + axes(" ".join(own), sizes, **own), advice)
+    return found
+
+
+def term(name: str, x: Any, parent: Bias) -> Bias:
+    """One term of `expand`: a bias that adds something in a way the kernels know."""
+    if not isinstance(x, Bias):
+        raise TypeError(
+            f"`{name}` of {type(parent).__name__} must be a Bias; got {kind(x)}. "
+            "Return a tuple of bias values."
+        )
+    if not has_tile(x) and type(x).contract is Bias.contract:
+        raise TypeError(
+            f"`{name}` of class {type(x).__name__} must override tile, contract or "
+            "expand; got none of them. See pallas_attn.Bias."
+        )
+    return x
+
+
+def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
+    """The fields of a term with a `tile`: one number per head, query, key or pair."""
+    known = homes(x)
+    for field in dataclasses.fields(x):  # pyright: ignore[reportArgumentType]
+        if field.name not in known and not field.metadata.get("static"):
+            raise TypeError(
+                f"`{name}.{field.name}` must have a home, for `tile` reads it; got "
+                "none. Declare it with head_home(), query_home(), key_home() or "
+                'pair_home(), or as static: field(metadata={"static": True}).'
+            )
+    fields = {f: _field(f"{name}.{f}", getattr(x, f), home, sizes)
+              for f, home in known.items()}  # fmt: skip
+    for field, home in known.items():
+        addable(f"{name}.{field}", fields[field])
+        rule = axes(HOME_RULES[home][0], sizes)
+        if home not in ALIGNED:
+            advice = "`tile` takes one number each."
+            shape(f"{name}.{field}", fields[field], rule, advice)
+    return fields
+
+
+def product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:
+    """What `contract` returns: A [#B, T, #N, R] and B [#B, S, #N, R], or None."""
+    pair = x.contract()
+    if pair is None:
+        return None
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(
+            f"`{name}.contract` must return two arrays or None; got {kind(pair)}. "
+            "Return (A [#B, T, #N, R], B [#B, S, #N, R])."
+        )
+    names = tuple(_name(name, x, i, side) for i, side in enumerate(pair))
+    a, b = (array(n, side) for n, side in zip(names, pair, strict=True))
+    advice = "Give every leading axis, of size 1 where it is shared."
+    shape(names[0], a, axes("#B T #N R", sizes), advice)
+    shape(names[1], b, axes("#B S #N R", sizes, R=a.shape[-1]), advice)
+    for n, side in zip(names, (a, b), strict=True):
+        addable(n, side)
+    return a, b
+
+
+def addable(name: str, x: Array) -> None:
+    """An array of a dtype that can be added to scores."""
+    advice = "Use `mask` (bool, True = may attend) to hide keys, or cast it."
+    floating(name, x, advice)
+
+
+def _name(name: str, x: Bias, i: int, side: Any) -> str:
+    """The field that a side of a product is, or its place in `contract`."""
+    found = (field for field in homes(x) if getattr(x, field) is side)
+    return f"{name}.{next(found, f'contract()[{i}]')}"

@@ -1,0 +1,167 @@
+"""What can be wrong about the static options of a call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from pallas_attn.checks.rules import kind, not_yet, static_int
+from pallas_attn.config import Block, Config
+from pallas_attn.implementations import Choice, NAMES
+from pallas_attn.normalizers.softmax import Softmax
+
+
+# Further than any two positions can be apart.
+UNBOUNDED = 2**31 - 1
+
+BLOCK_RULES = {
+    "block_q": ("a power of two, at least 16", lambda n: n >= 16 and n & (n - 1) == 0),
+    "block_k": ("a power of two, at least 16", lambda n: n >= 16 and n & (n - 1) == 0),
+    "num_warps": ("1, 2, 4, 8 or 16", lambda n: n in (1, 2, 4, 8, 16)),
+    "num_stages": ("at least 1", lambda n: n >= 1),
+}
+
+
+def flag(name: str, x: Any) -> bool:
+    """A Python bool."""
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(
+            f"`{name}` must be True or False; got {kind(x)}. It is static: under jit, "
+            "close over it or list it in static_argnames."
+        )
+    return bool(x)
+
+
+def window(x: Any) -> tuple[int, int] | None:
+    """Left and right reach, inclusive."""
+    if x is None:
+        return None
+    pair = tuple(x) if isinstance(x, list | tuple) else (x, x)
+    if len(pair) != 2:
+        raise ValueError(
+            f"`local_window_size` must be an int or (left, right); got {len(pair)} "
+            "numbers. Give how far a query sees to the left and to the right."
+        )
+    for n in pair:
+        static_int("local_window_size", n, "an int or (left, right)")
+        if n < 0:
+            raise ValueError(
+                f"`local_window_size` must not be negative; got {x}. 0 keeps a query's "
+                "own position; use `mask` or positions for windows beside it."
+            )
+    left, right = (min(int(n), UNBOUNDED) for n in pair)
+    return left, right
+
+
+def normalizer(x: Any) -> Softmax:
+    """Softmax, for now."""
+    not_yet("normalizer", x)
+    if not isinstance(x, Softmax):
+        raise TypeError(f"`normalizer` must be Softmax(); got {kind(x)}. Leave it out, "
+                        "or write `normalizer=Softmax()`.")  # fmt: skip
+    return x
+
+
+def no_soft_cap(x: Any) -> None:
+    """A soft cap is announced and not there yet."""
+    if x is None:
+        return
+    if not isinstance(x, int | float) or not 0 < x < math.inf:
+        raise ValueError(f"`logits_soft_cap` must be None or a finite number > 0; got "
+                         f"{x!r}. None caps nothing.")  # fmt: skip
+    raise NotImplementedError(
+        f"`logits_soft_cap` is not implemented in this version; got {x}. Leave it None."
+    )
+
+
+def no_dropout(rate: Any) -> None:
+    """Dropout is announced and not there yet; a rate of 0 is none."""
+    if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
+        raise ValueError(f"`dropout_rate` must be a Python number, 0 <= rate < 1; got "
+                         f"{kind(rate)}. 0.0 drops nothing.")  # fmt: skip
+    if rate:
+        raise NotImplementedError(
+            f"`dropout_rate` > 0 is not implemented in this version; got {rate}. Leave "
+            "it 0.0, or drop out the output."
+        )
+
+
+def precision(x: Any) -> lax.Precision | None:
+    """A precision; None is resolved to `jax.default_matmul_precision` now."""
+    default: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    x = default if x is None else x
+    if x is None or isinstance(x, lax.Precision):
+        return x
+    try:
+        return lax.Precision(x)
+    except ValueError:
+        pass
+    if isinstance(x, str) and x in lax.DotAlgorithmPreset.__members__:
+        # several passes, or full width: the nearest precision that is no less
+        exact = x.startswith(("F32", "F64")) or "_X" in x
+        return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    raise ValueError(
+        "`precision` must be None, a jax.lax.Precision or its name ('default', 'high', "
+        f"'highest'); got {x!r}. Both products of attention share one precision."
+    )
+
+
+def config(x: Any) -> Config:
+    """A Config whose blocks can be compiled."""
+    if x is None:
+        return Config()
+    if not isinstance(x, Config):
+        raise TypeError(
+            f"`config` must be a Config; got {kind(x)}. Write "
+            "`Config(forward=Block(64, 64))`."
+        )
+    for name in ("forward", "rows", "cols", "tiles"):
+        block = getattr(x, name)
+        if block is None:
+            continue
+        if not isinstance(block, Block):
+            raise TypeError(
+                f"`config.{name}` must be a Block or None; got {kind(block)}. Write "
+                "`Block(block_q, block_k, num_warps, num_stages)`."
+            )
+        for field, (rule, obeys) in BLOCK_RULES.items():
+            n = getattr(block, field)
+            static_int(f"config.{name}.{field}", n, rule)
+            if not obeys(n):
+                raise ValueError(
+                    f"`config.{name}.{field}` must be {rule}; got {n}. None is the "
+                    "shipped choice."
+                )
+    flag("config.prune", x.prune)
+    return x
+
+
+def implementation(x: Any) -> str | tuple[str, ...] | None:
+    """A known name, or several."""
+    if x is None:
+        return None
+    if not isinstance(x, str | list | tuple):
+        raise TypeError(f"`implementation` must be one of {NAMES}, several of them, or "
+                        f"None; got {kind(x)}. None chooses.")  # fmt: skip
+    names = (x,) if isinstance(x, str) else tuple(x)
+    for name in names or ("",):
+        if name not in NAMES:
+            raise ValueError(
+                f"`implementation` must be one of {NAMES}, several of them, or None; "
+                f"got {name!r}. None chooses by the device."
+            )
+    return x if isinstance(x, str) else names
+
+
+def runnable(choice: Choice) -> str:
+    """The name of an implementation that can run."""
+    if choice.name is None:
+        raise NotImplementedError(
+            f"`implementation`: {choice.reason}. A named implementation never falls "
+            "back; None, or a sequence with 'xla', does."
+        )
+    return choice.name

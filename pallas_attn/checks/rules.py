@@ -1,0 +1,131 @@
+"""The vocabulary of the checks: what an array must be, how what was found is told."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_attn.shapes import Axis, fits, fits_from_the_right, spelled
+
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+# What later versions bring, by the name of its class.
+LATER = {
+    "CoALiBi": "Contextual ALiBi",
+    "ForgetGate": "The forget gate",
+    "Entmax": "alpha-entmax",
+}
+
+
+def array(name: str, x: Any) -> Array:
+    """Anything that JAX takes as an array; not a list, not None."""
+    if not isinstance(x, list | tuple | None):
+        try:
+            found = jnp.asarray(x)
+            return found.astype(found.dtype)  # not weakly typed
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"`{name}` must be an array; got {kind(x)}. Use jnp.asarray.")
+
+
+def shape(name: str, x: Array, rule: list[Axis], advice: str) -> None:
+    """An array of exactly these axes."""
+    if not fits(x.shape, rule):
+        wrong_shape(name, x, spelled(rule), advice)
+
+
+def shape_from_the_right(name: str, x: Array, rule: list[Axis], advice: str) -> None:
+    """An array of these axes; axes it lacks on the left are shared."""
+    if not fits_from_the_right(x.shape, rule):
+        aligned = f"{spelled(rule)}, fewer axes aligned to the right"
+        wrong_shape(name, x, aligned, advice)
+
+
+def floating(name: str, x: Array, advice: str) -> None:
+    """An array of a dtype that attention computes in."""
+    if x.dtype.name not in FLOATS:
+        rule = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"`{name}` must be {rule}; got {x.dtype.name}. {advice}")
+
+
+def integers(name: str, x: Any) -> Any:
+    """Integers as NumPy or JAX holds them; of JAX's, int32 or weakly typed ones."""
+    found = np.asarray(x) if isinstance(x, int | np.ndarray | np.generic) else x
+    if not isinstance(found, np.ndarray):
+        found = jnp.asarray(x) if isinstance(x, jax.Array) else array(name, x)
+        if found.dtype != jnp.int32 and not (
+            found.weak_type and jnp.issubdtype(found.dtype, jnp.integer)
+        ):
+            _wrongintegers(name, found.dtype)
+    elif not np.issubdtype(found.dtype, np.integer):
+        _wrongintegers(name, found.dtype)
+    return found
+
+
+def _wrongintegers(name: str, dtype: Any) -> NoReturn:
+    raise TypeError(f"`{name}` must be int32; got {np.dtype(dtype).name}. Write "
+                    "`.astype(jnp.int32)`.")  # fmt: skip
+
+
+def int32(name: str, x: Any) -> Array:
+    """Integers as int32, those of NumPy only where they fit."""
+    if isinstance(x, np.ndarray) and x.size:
+        info = np.iinfo(np.int32)
+        if x.min() < info.min or x.max() > info.max:
+            raise ValueError(
+                f"`{name}` must fit int32; got {x.min()}..{x.max()}. Number from 0."
+            )
+    return jnp.asarray(x).astype(jnp.int32)
+
+
+def static_int(name: str, x: Any, rule: str) -> None:
+    """An integer that is there when the call is traced."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise TypeError(
+            f"`{name}` must be {rule}; got {kind(x)}. It is static: under jit, close "
+            "over it or list it in static_argnames."
+        )
+
+
+def not_yet(name: str, x: Any) -> None:
+    """Classes that are announced and not there yet."""
+    kind = x.__name__ if isinstance(x, type) else type(x).__name__
+    if kind in LATER:
+        raise NotImplementedError(
+            f"`{name}`: {LATER[kind]} ({kind}) is not implemented in this version; got "
+            f"{kind(x)}. Use Softmax() and the biases that pallas_attn exports."
+        )
+
+
+def known(x: Any) -> np.ndarray | None:
+    """The values of an array if they are there to be read."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array):
+        return np.asarray(jax.device_get(x)) if x.is_fully_addressable else None
+    return np.asarray(x)
+
+
+def wrong_shape(name: str, x: Any, rule: str, advice: str) -> NoReturn:
+    """The error of every shape."""
+    raise ValueError(f"`{name}` must be {rule}; got shape {x.shape}. {advice}")
+
+
+def kind(x: Any) -> str:
+    """What was found, in a few words."""
+    if isinstance(x, jax.core.Tracer):
+        return f"a traced array of {x.dtype.name} {list(x.shape)}"
+    if isinstance(x, np.ndarray | jax.Array):
+        return f"an array of {x.dtype} {list(x.shape)}"
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    if x is None:
+        return "None"
+    if isinstance(x, bool | int | float | str):
+        return f"{x!r}"
+    return f"a {type(x).__name__}"
