@@ -198,7 +198,7 @@ def spread(home: str, x: Array) -> Array:
     """A field of whole axes, shaped to broadcast against [B, N, T, S]."""
     match home:
         case "head":
-            return x[..., None, None]
+            return (x[None] if x.ndim == 1 else x)[..., None, None]
         case "query":
             return jnp.swapaxes(x, 1, 2)[:, :, :, None]
         case "key":

@@ -1,0 +1,74 @@
+"""The arrays of a case: normal random numbers of fixed keys, and ALiBi's slopes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pallas_attn.benchmark.specs import Case, Term
+from pallas_attn.bias.alibi import ALiBi, alibi_slopes
+from pallas_attn.bias.base import Bias
+from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.factored import FactoredBias
+
+
+class Inputs(NamedTuple):
+    """The operands of attention, and the cotangent of its output."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    bias: Bias | None
+    cotangent: Float[Array, "B T N H"]
+
+
+def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
+    """All arrays of a case."""
+    seeds = jax.random.split(seed, 5)
+    queries = (case.B, case.T, case.N, case.H)
+    keys = (case.B, case.T, case.key_heads, case.H)
+    return Inputs(
+        query=_normal(seeds[0], queries, case.dtype),
+        key=_normal(seeds[1], keys, case.dtype),
+        value=_normal(seeds[2], keys, case.dtype),
+        bias=_bias(case, seeds[3]),
+        cotangent=_normal(seeds[4], queries, case.dtype),
+    )
+
+
+def shapes_of(case: Case) -> Inputs:
+    """The shapes and dtypes of all arrays, without the arrays."""
+    return jax.eval_shape(lambda: draw(case, jax.random.key(0)))
+
+
+def _bias(case: Case, seed: PRNGKeyArray) -> Bias | None:
+    if not case.bias:
+        return None
+    first, *rest = (
+        _term(case, term, jax.random.fold_in(seed, i))
+        for i, term in enumerate(case.bias)
+    )
+    return sum(rest, start=first)
+
+
+def _term(case: Case, term: Term, seed: PRNGKeyArray) -> Bias:
+    dtype = term.dtype or case.dtype
+    match term.kind:
+        case "alibi":
+            return ALiBi(alibi_slopes(case.N))
+        case "dense":
+            batch = 1 if term.shared else case.B
+            return DenseBias(_normal(seed, (batch, case.N, case.T, case.T), dtype))
+        case "factored":
+            one, other = jax.random.split(seed)
+            shape = (case.B, case.T, case.N, term.rank)
+            return FactoredBias(
+                _normal(one, shape, dtype), _normal(other, shape, dtype)
+            )
+
+
+def _normal(seed: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jax.random.normal(seed, shape, jnp.dtype(dtype))

@@ -1,0 +1,125 @@
+"""The programs of a case, lowered and compiled ahead of time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from pallas_attn.api import dot_product_attention, visited
+from pallas_attn.benchmark.errors import relative_errors, truth_dtype
+from pallas_attn.benchmark.inputs import draw, Inputs, shapes_of
+from pallas_attn.benchmark.peers import PEERS
+from pallas_attn.benchmark.specs import Case
+from pallas_attn.config import Config
+
+
+@dataclass(frozen=True)
+class Side:
+    """Ours or the peer: attention of (query, key, value, bias), or without the bias."""
+
+    attend: Callable[..., Array]
+    biased: bool = True
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """What it is given of a case's arrays."""
+        return inputs if self.biased else inputs._replace(bias=None)
+
+    def forward(self, inputs: Inputs) -> Array:
+        """The output."""
+        return self.attend(*inputs[:4])
+
+    def both(self, inputs: Inputs) -> dict[str, Any]:
+        """The output, and the gradient of every operand, the bias's fields included."""
+        output, pullback = jax.vjp(self.attend, *inputs[:4])
+        query, key, value, bias = pullback(inputs.cotangent)
+        return {
+            "output": output,
+            "query": query,
+            "key": key,
+            "value": value,
+            "bias": bias,
+        }
+
+
+def ours(case: Case, implementation: str, config: Config | None = None) -> Side:
+    """The public function, as a case calls it."""
+
+    def attend(*operands: Any) -> Array:
+        return dot_product_attention(
+            *operands,
+            is_causal=case.causal,
+            implementation=implementation,
+            config=config,
+        )
+
+    return Side(attend)
+
+
+def sides(case: Case, implementation: str) -> dict[str, Side]:
+    """By name: "ours", and "peer" where a case has one."""
+    both = {"ours": ours(case, implementation)}
+    if case.peer is None:
+        return both
+    peer = PEERS[case.peer]
+    attend = functools.partial(peer.attend, causal=case.causal)
+    return {**both, "peer": Side(attend, peer.biased and bool(case.bias))}
+
+
+def jobs(case: Case, implementation: str) -> dict[str, Callable[[], Any]]:
+    """By name, what compiles each program of a case.
+
+    "draw", "visited", and for "ours" and "peer": "ours forward", "ours both",
+    "ours errors".
+    """
+    shapes = shapes_of(case)
+    found = {
+        "draw": functools.partial(compiled, functools.partial(draw, case), _seed()),
+        "visited": functools.partial(compiled, _visited(case, implementation), shapes),
+    }
+    for name, side in sides(case, implementation).items():
+        given = side.inputs(shapes)
+        results = dict(zip(("query", "key", "value", "bias"), given[:4], strict=True))
+        results["output"] = given.query
+        found[f"{name} forward"] = functools.partial(compiled, side.forward, given)
+        found[f"{name} both"] = functools.partial(compiled, side.both, given)
+        found[f"{name} errors"] = functools.partial(
+            compiled,
+            functools.partial(relative_errors, case),
+            given,
+            results,
+            wide=truth_dtype(case) == "float64",
+        )
+    return found
+
+
+def _visited(case: Case, implementation: str) -> Callable[[Inputs], dict[str, Array]]:
+    """The mean share of visible blocks that each pass visits."""
+
+    def shares(inputs: Inputs) -> dict[str, Array]:
+        found = visited(
+            *inputs[:4], is_causal=case.causal, implementation=implementation
+        )
+        return {
+            "forward": found.forward.mean(),
+            "rows": found.rows.mean(),
+            "cols": found.cols.mean(),
+        }
+
+    return shares
+
+
+def _seed() -> Array:
+    return jax.random.key(0)
+
+
+def compiled(
+    program: Callable[..., Any], *shapes: Any, wide: bool = False
+) -> jax.stages.Compiled:
+    """A program, compiled for arrays of these shapes; `wide`: float64 is float64."""
+    with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.jit(program).lower(*shapes).compile()

@@ -1,0 +1,180 @@
+"""`python -m pallas_attn bench`: ours and the peers in one run, as tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_attn.benchmark import measure, sweep, tables, timing
+from pallas_attn.benchmark.results import Result
+from pallas_attn.benchmark.specs import Case, CASES
+
+
+METHOD = (
+    "medians of interleaved runs in one process, everything compiled before; "
+    "forward + backward is the output and every gradient, the bias's included"
+)
+ERRORS = (
+    "errors: norm(x - truth) / norm(truth) of the first and last key heads (of the "
+    "first batch entry, or of all where a bias is shared), the truth at twice the "
+    "precision; a peer without a bias against its own truth"
+)
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "numpy",
+    "pallas_attn",
+)
+
+
+def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
+    """Measure, print and write what the arguments ask for.
+
+    Args:
+        argv: Arguments; None: the process's own.
+        cases: What there is to measure.
+
+    Returns:
+        The exit status: 0, or 1 where a case failed.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.markdown:
+        print(tables.markdown(json.loads(options.markdown.read_text())))
+        return 0
+    if options.list:
+        for case in cases:
+            print(f"{case.name:22} {case.platform}  {case.shape}\n    {case.origin}")
+        return 0
+    here = "gpu" if measure.on_gpu() else "cpu"
+    chosen = selected(cases, options.cases, here)
+    if not chosen:
+        parser.error(f"no case for {here} has such a name; --list shows all")
+    implementation = options.implementation or ("triton" if here == "gpu" else "xla")
+    device = jax.devices()[0]
+    print(
+        f"{device.device_kind}, jax {jax.__version__}, implementation {implementation}"
+    )
+    if here == "cpu":
+        print("No GPU: the CPU cases only (the others need a CUDA device).")
+    report = _report(implementation)
+    try:
+        choices = [x for text in options.sweep for x in sweep.parsed(text)]
+    except ValueError as error:
+        parser.error(str(error))
+    if choices:
+        trials = sweep.swept(chosen, choices, implementation, options.repeats, _say)
+        report["sweep"] = [dataclasses.asdict(trial) for trial in trials]
+        failed = any(trial.failure for trial in trials)
+    else:
+        results = []
+        for result in measure.measured(chosen, implementation, options.repeats, _say):
+            results.append(result)
+            _say(f"[{len(results)}/{len(chosen)}] {tables.line(result)}")
+            report["results"].append(dataclasses.asdict(result))
+            _write(report, options.json)
+        _summary(results)
+        failed = any(result.failures for result in results)
+    _write(report, options.json)
+    return int(failed)
+
+
+def selected(cases: Sequence[Case], names: Sequence[str], here: str) -> list[Case]:
+    """The cases of this platform that a name or pattern matches; [] matches all."""
+    return [
+        case
+        for case in cases
+        if case.platform == here
+        and (
+            any(fnmatch.fnmatchcase(case.name, name) for name in names)
+            if names
+            else not case.on_request
+        )
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_attn bench",
+        description="Time attention with biases against jax.nn's, in one run.",
+    )
+    add = parser.add_argument
+    add("cases", nargs="*", help="names or patterns of cases (default: all)")
+    add("--list", action="store_true", help="print the cases and where they are from")
+    add("--json", type=Path, metavar="PATH", help="write the report here")
+    add("--markdown", type=Path, metavar="PATH", help="print a report's table and stop")
+    add("--implementation", help="ours (default: triton on a GPU, else xla)")
+    add("--repeats", type=int, default=timing.REPEATS, help="rounds of each timing")
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="PASS=QxKxWARPSxSTAGES,...",
+        help="time blocks of one pass beside the shipped choice; may be repeated",
+    )
+    return parser
+
+
+def _summary(results: Sequence[Result]) -> None:
+    tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
+    _say(f"{METHOD}.\n{ERRORS}.")
+    met = [met for result in results for met in result.met().values()]
+    _say(f"{sum(met)} of {len(met)} targets met.")
+
+
+def _report(implementation: str) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "method": METHOD,
+        "errors": ERRORS,
+        "implementation": implementation,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "runtime": str(device.client.platform_version),
+            "cpu_threads": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+        "results": [],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

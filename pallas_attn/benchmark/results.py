@@ -1,0 +1,87 @@
+"""What was measured of a case, beside what it is to reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pallas_attn.benchmark.timing import Timing
+
+
+@dataclass(frozen=True)
+class Result:
+    """The results of one case. Programs are "ours forward", "peer both" and so on.
+
+    Args:
+        name: The case's.
+        shape: The problem in one line.
+        origin: Where the shape is from.
+        peer: The peer's title.
+        targets: "forward" and "both": the ratio to reach; "temporaries_mib",
+            "temporaries_share".
+        timings: By program.
+        temporaries: MiB, by program.
+        errors: By side, "ours" and "peer": the relative error by leaf, on a few heads.
+        truth: In what the errors' reference was computed.
+        visited: The mean share of visible blocks that each pass visits.
+        roofline: "forward" and "both": our share of the device's peak; absent where the
+            device is unknown.
+        failures: By program, why it has no result.
+    """
+
+    name: str
+    shape: str
+    origin: str
+    peer: str | None
+    targets: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    temporaries: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    truth: str = ""
+    visited: dict[str, float] = field(default_factory=dict)
+    roofline: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of_json(values: dict[str, Any]) -> Result:
+        """A result as `dataclasses.asdict` gave it to a file."""
+        timings = {name: Timing(**x) for name, x in values["timings"].items()}
+        return Result(**{**values, "timings": timings})
+
+    def milliseconds(self, program: str) -> float | None:
+        """The median of a program, if it ran."""
+        timing = self.timings.get(program)
+        return None if timing is None else timing.median
+
+    def ratio(self, work: str) -> float | None:
+        """Our time over the peer's, for "forward" or "both"."""
+        ours = self.milliseconds(f"ours {work}")
+        peer = self.milliseconds(f"peer {work}")
+        return None if ours is None or peer is None else ours / peer
+
+    def met(self) -> dict[str, bool]:
+        """By target, whether it is reached; what was not measured is not."""
+        ours = self.temporaries.get("ours both")
+        peer = self.temporaries.get("peer both")
+        share = None if ours is None or not peer else ours / peer
+        reached = {
+            "forward": self.ratio("forward"),
+            "both": self.ratio("both"),
+            "temporaries_mib": ours,
+            "temporaries_share": share,
+        }
+        return {
+            name: (value := reached[name]) is not None and value <= target
+            for name, target in self.targets.items()
+        }
+
+    def worst_error(self, side: str) -> float | None:
+        """The largest relative error of a gradient."""
+        errors = self.errors.get(side)
+        if not errors:
+            return None
+        return max(error for leaf, error in errors.items() if leaf != "output")
+
+    def host_bound(self) -> list[str]:
+        """Programs whose time may be that of the host that enqueues them."""
+        return [name for name, t in self.timings.items() if t.host > 0.8 * t.median]
