@@ -129,6 +129,7 @@ def dot_product_attention(
     Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691); Press et al., ALiBi (arXiv
     2108.12409); FlashBias (arXiv 2505.12044).
     """
+    return_residual = check.flag("return_residual", return_residual)
     given = canonical(
         query,
         key,
@@ -152,13 +153,12 @@ def dot_product_attention(
         implementation=implementation,
         config=config,
     )
-    return_residual = check.flag("return_residual", return_residual)
-    *operands, call, name, sizes = given
+    sizes = given.sizes
     if sizes.empty:
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
         lse = jnp.full(output.shape[:-1], -jnp.inf, accumulator(output.dtype))
     else:
-        output, lse = attend_of(name)(*operands, call)
+        output, lse = attend_of(given.implementation)(*given.operands)
     output = output.reshape(*sizes.leading, *output.shape[1:])
     lse = lse.reshape(*sizes.leading, *lse.shape[1:])
     return (output, lse) if return_residual else output
@@ -227,11 +227,11 @@ def visited(
         implementation=implementation,
         config=config,
     )
-    *operands, call, name, sizes = given
-    if sizes.empty or name in ("xla", "reference"):
+    sizes = given.sizes
+    if sizes.empty or given.implementation in ("xla", "reference"):
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
         from pallas_attn.kernels.attention import visited_blocks
 
-        shares = visited_blocks(*operands, call)
+        shares = visited_blocks(*given.operands)
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

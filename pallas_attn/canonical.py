@@ -28,7 +28,7 @@ LEAST_SCALE = 2.0**-20
 
 
 class Canonical(NamedTuple):
-    """A call as the implementations take it, and what undoes the flattening."""
+    """A call as the implementations take it, which of them, and the sizes as given."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
@@ -38,6 +38,11 @@ class Canonical(NamedTuple):
     call: Call
     implementation: str
     sizes: Sizes
+
+    @property
+    def operands(self) -> tuple[Array, Array, Array, Added, Visibility, Call]:
+        """The arguments of an implementation."""
+        return self[:6]
 
 
 def canonical(
@@ -82,7 +87,7 @@ def canonical(
         mask=check.mask(mask, sizes),
         lengths=(query_lengths, key_lengths),
         segments=check.segments(query_segment_ids, key_segment_ids, sizes),
-        positions=check.positions(query_positions, key_positions, query_offset, sizes),
+        positions=check.positions(query_positions, key_positions, offset, sizes),
         offset=offset,
     )
     added = _added(check_bias.given(bias, sizes), sizes, q.dtype)
@@ -122,7 +127,7 @@ def _scaled(
     """The query and a scale > 0 that together do what the given scale does."""
     if scale is None:
         return q, 1 / math.sqrt(q.shape[-1])
-    if not isinstance(scale, float):
+    if not isinstance(scale, int | float):
         wide = accumulator(q.dtype)
         return (q.astype(wide) * scale.astype(wide)).astype(q.dtype), 1.0
     if scale < 0:
@@ -171,11 +176,9 @@ def _added(bias: Bias, sizes: Sizes, dtype: Any) -> Added:
             x = x.astype(accumulator(dtype))
         return flattened(x, sizes.leading, rank)
 
-    terms, products = [], []
-    expanded = bias.expand()
-    for i, term in enumerate(expanded):
-        name = "bias" if len(expanded) == 1 else f"bias.terms[{i}]"
-        term = check_bias.term(name, term, bias)
+    terms: list[Bias] = []
+    products: list[tuple[Array, Array]] = []
+    for name, term in check_bias.terms("bias", bias):
         if (sides := check_bias.product(name, term, sizes)) is not None:
             a, b = (flat(side, 3) for side in sides)
             if a.dtype != b.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Bias:
     here (JAX rebuilds the classes with None, specs and stacked arrays): calls validate.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     # `tile` reads `t.away`: it is cheaper where every query is on one side of every key
     sided = False
     # fields whose gradient is that of the score itself (`tile` returns them as they are)
@@ -59,7 +61,7 @@ class Bias:
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, eq=False)(cls)
-        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        fields = dataclasses.fields(cls)
         static = [f.name for f in fields if f.metadata.get("static")]
         data = [f.name for f in fields if f.name not in static]
         jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
@@ -175,7 +177,7 @@ class Region:
 
 def homes(term: Bias | type[Bias]) -> dict[str, str]:
     """The fields that have a home, and which."""
-    fields = dataclasses.fields(term)  # pyright: ignore[reportArgumentType]
+    fields = dataclasses.fields(term)
     return {f.name: f.metadata["home"] for f in fields if "home" in f.metadata}
 
 

@@ -14,7 +14,6 @@ from pallas_attn.checks.rules import (
     floating,
     int32,
     integers,
-    kind,
     known,
     shape,
     shape_from_the_right,
@@ -72,14 +71,12 @@ def mask(x: Any, sizes: Sizes) -> Bool[Array, ...] | None:
         return None
     found = array("mask", x)
     if found.dtype != bool:
-        is_float = jnp.issubdtype(found.dtype, jnp.floating)
-        advice = "pass it as a bias: `bias=mask`" if is_float else "write `mask != 0`"
+        added = "If it is to be added to the scores, pass it as a bias: `bias=mask`."
+        other = "If nonzero means True, write `mask != 0`."
         raise TypeError(
             "`mask` must be bool, True where a query may attend; got "
-            f"{found.dtype.name}. If it is added to the scores, {advice}."
-            if is_float
-            else "`mask` must be bool, True where a query may attend; got "
-            f"{found.dtype.name}. If nonzero means that, {advice}."
+            f"{found.dtype.name}. "
+            + (added if jnp.issubdtype(found.dtype, jnp.floating) else other)
         )
     rule = axes("#B #N #T #S", sizes)
     shape_from_the_right("mask", found, rule, "Give a shared axis the size 1.")
@@ -90,25 +87,22 @@ def scale(x: Any) -> float | Float[Array, ""] | None:
     """A finite number, or a scalar array."""
     if x is None:
         return None
-    if isinstance(x, bool | np.bool_ | str):
-        raise TypeError(f"`scale` must be a number; got {kind(x)}. Leave it out for "
-                        "1/sqrt(H).")  # fmt: skip
-    found = np.asarray(x) if isinstance(x, int | float) else array("scale", x)
+    static = isinstance(x, int | float | np.generic | np.ndarray)
+    found = np.asarray(x) if static else array("scale", x)
     if found.ndim:
         raise ValueError(
             f"`scale` must be a number or an array of shape (); got {found.shape}. "
             "Multiply the query for a scale per head or query, and give scale=1.0."
         )
-    if not (
-        jnp.issubdtype(found.dtype, jnp.floating)
-        or jnp.issubdtype(found.dtype, jnp.signedinteger)
-    ):
-        raise TypeError(f"`scale` must be a real number; got {found.dtype.name}. "
-                        "Convert it to float.")  # fmt: skip
+    if not any(jnp.issubdtype(found.dtype, x) for x in (jnp.floating, jnp.integer)):
+        raise TypeError(
+            f"`scale` must be a real number; got {found.dtype.name}. Leave it out for "
+            "1/sqrt(H)."
+        )
     value = known(found)
     if value is not None and not math.isfinite(value):
         raise ValueError(f"`scale` must be finite; got {value}. See where it is made.")
-    return float(x) if isinstance(x, int | float | np.generic | np.ndarray) else found
+    return float(found) if isinstance(found, np.ndarray) else found
 
 
 def lengths(name: str, x: Any, sizes: Sizes, most: int) -> Int[Array, "*B"] | None:
@@ -119,6 +113,8 @@ def lengths(name: str, x: Any, sizes: Sizes, most: int) -> Int[Array, "*B"] | No
     if sizes.leading or found.shape != (1,):  # jax.nn: [1] for an unbatched query
         advice = "Give one length for each batch element."
         shape(name, found, axes("B", sizes), advice)
+    if isinstance(found, np.ndarray):
+        return jnp.asarray(found.clip(0, most).astype(np.int32))
     return jnp.clip(found, 0, most).astype(jnp.int32)
 
 
@@ -157,7 +153,7 @@ def offset(x: Any, sizes: Sizes) -> int | Int[Array, "*#B"]:
 
 
 def positions(
-    query_positions: Any, key_positions: Any, query_offset: Any, sizes: Sizes
+    query_positions: Any, key_positions: Any, query_offset: int | Array, sizes: Sizes
 ) -> tuple[Array | None, Array | None]:
     """Explicit positions, which exclude an offset."""
     if query_positions is None and key_positions is None:

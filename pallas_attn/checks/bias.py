@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtyping import Array
@@ -82,25 +83,43 @@ def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
     return found
 
 
-def term(name: str, x: Any, parent: Bias) -> Bias:
-    """One term of `expand`: a bias that adds something in a way the kernels know."""
-    if not isinstance(x, Bias):
+def terms(name: str, bias: Bias) -> Iterator[tuple[str, Bias]]:
+    """The simplest terms of a bias, each by name: those that `expand` leaves alone."""
+    if isinstance(bias, Sum):
+        for i, part in enumerate(bias.terms):
+            yield from terms(f"{name}.terms[{i}]", part)
+        return
+    parts = bias.expand()
+    if not isinstance(parts, tuple):
         raise TypeError(
-            f"`{name}` of {type(parent).__name__} must be a Bias; got {kind(x)}. "
-            "Return a tuple of bias values."
+            f"`{name}.expand` must return a tuple of bias values; got {kind(parts)}. "
+            "Write `return (term,)`."
         )
-    if not has_tile(x) and type(x).contract is Bias.contract:
+    for i, part in enumerate(parts):
+        if type(part) is type(bias):
+            yield name, _adding(name, part)
+        elif isinstance(part, Bias):
+            yield from terms(f"{name}.expand()[{i}]", part)
+        else:
+            raise TypeError(
+                f"`{name}.expand` must return bias values; got {kind(part)}. An array "
+                "is a DenseBias(array)."
+            )
+
+
+def _adding(name: str, term: Bias) -> Bias:
+    if not has_tile(term) and type(term).contract is Bias.contract:
         raise TypeError(
-            f"`{name}` of class {type(x).__name__} must override tile, contract or "
-            "expand; got none of them. See pallas_attn.Bias."
+            f"`{name}` must override tile, contract or expand; got "
+            f"{kind(term)} that overrides none. See pallas_attn.Bias."
         )
-    return x
+    return term
 
 
 def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
     """The fields of a term with a `tile`: one number per head, query, key or pair."""
     known = homes(x)
-    for field in dataclasses.fields(x):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(x):
         if field.name not in known and not field.metadata.get("static"):
             raise TypeError(
                 f"`{name}.{field.name}` must have a home, for `tile` reads it; got "

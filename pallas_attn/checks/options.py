@@ -15,12 +15,13 @@ from pallas_attn.implementations import Choice, NAMES
 from pallas_attn.normalizers.softmax import Softmax
 
 
-# Further than any two positions can be apart.
-UNBOUNDED = 2**31 - 1
+# A window without end: as far as positions reach, and their sum is int32.
+UNBOUNDED = 2**30 - 2**26
 
+POWER_OF_TWO = "a power of two, at least 16"
 BLOCK_RULES = {
-    "block_q": ("a power of two, at least 16", lambda n: n >= 16 and n & (n - 1) == 0),
-    "block_k": ("a power of two, at least 16", lambda n: n >= 16 and n & (n - 1) == 0),
+    "block_q": (POWER_OF_TWO, lambda n: n >= 16 and n & (n - 1) == 0),
+    "block_k": (POWER_OF_TWO, lambda n: n >= 16 and n & (n - 1) == 0),
     "num_warps": ("1, 2, 4, 8 or 16", lambda n: n in (1, 2, 4, 8, 16)),
     "num_stages": ("at least 1", lambda n: n >= 1),
 }
@@ -61,8 +62,10 @@ def normalizer(x: Any) -> Softmax:
     """Softmax, for now."""
     not_yet("normalizer", x)
     if not isinstance(x, Softmax):
-        raise TypeError(f"`normalizer` must be Softmax(); got {kind(x)}. Leave it out, "
-                        "or write `normalizer=Softmax()`.")  # fmt: skip
+        raise TypeError(
+            f"`normalizer` must be Softmax(); got {kind(x)}. Leave it out, or write "
+            "`normalizer=Softmax()`."
+        )
     return x
 
 
@@ -70,9 +73,12 @@ def no_soft_cap(x: Any) -> None:
     """A soft cap is announced and not there yet."""
     if x is None:
         return
-    if not isinstance(x, int | float) or not 0 < x < math.inf:
-        raise ValueError(f"`logits_soft_cap` must be None or a finite number > 0; got "
-                         f"{x!r}. None caps nothing.")  # fmt: skip
+    rule = "None or a finite Python number > 0"
+    _static_number("logits_soft_cap", x, rule)
+    if not 0 < x < math.inf:
+        raise ValueError(
+            f"`logits_soft_cap` must be {rule}; got {x}. None caps nothing."
+        )
     raise NotImplementedError(
         f"`logits_soft_cap` is not implemented in this version; got {x}. Leave it None."
     )
@@ -80,9 +86,12 @@ def no_soft_cap(x: Any) -> None:
 
 def no_dropout(rate: Any) -> None:
     """Dropout is announced and not there yet; a rate of 0 is none."""
-    if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
-        raise ValueError(f"`dropout_rate` must be a Python number, 0 <= rate < 1; got "
-                         f"{kind(rate)}. 0.0 drops nothing.")  # fmt: skip
+    rule = "a Python number, 0 <= rate < 1"
+    _static_number("dropout_rate", rate, rule)
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"`dropout_rate` must be {rule}; got {rate}. 0.0 drops nothing."
+        )
     if rate:
         raise NotImplementedError(
             f"`dropout_rate` > 0 is not implemented in this version; got {rate}. Leave "
@@ -145,8 +154,10 @@ def implementation(x: Any) -> str | tuple[str, ...] | None:
     if x is None:
         return None
     if not isinstance(x, str | list | tuple):
-        raise TypeError(f"`implementation` must be one of {NAMES}, several of them, or "
-                        f"None; got {kind(x)}. None chooses.")  # fmt: skip
+        raise TypeError(
+            f"`implementation` must be one of {NAMES}, several of them, or None; got "
+            f"{kind(x)}. None chooses by the device."
+        )
     names = (x,) if isinstance(x, str) else tuple(x)
     for name in names or ("",):
         if name not in NAMES:
@@ -165,3 +176,11 @@ def runnable(choice: Choice) -> str:
             "back; None, or a sequence with 'xla', does."
         )
     return choice.name
+
+
+def _static_number(name: str, x: Any, rule: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float | np.number):
+        raise TypeError(
+            f"`{name}` must be {rule}; got {kind(x)}. It is static: under jit, close "
+            "over it or list it in static_argnames."
+        )

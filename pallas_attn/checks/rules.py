@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from pallas_attn.shapes import Axis, fits, fits_from_the_right, spelled
@@ -61,15 +62,17 @@ def integers(name: str, x: Any) -> Any:
         if found.dtype != jnp.int32 and not (
             found.weak_type and jnp.issubdtype(found.dtype, jnp.integer)
         ):
-            _wrongintegers(name, found.dtype)
+            _wrong_integers(name, found.dtype)
     elif not np.issubdtype(found.dtype, np.integer):
-        _wrongintegers(name, found.dtype)
+        _wrong_integers(name, found.dtype)
     return found
 
 
-def _wrongintegers(name: str, dtype: Any) -> NoReturn:
-    raise TypeError(f"`{name}` must be int32; got {np.dtype(dtype).name}. Write "
-                    "`.astype(jnp.int32)`.")  # fmt: skip
+def _wrong_integers(name: str, dtype: Any) -> NoReturn:
+    raise TypeError(
+        f"`{name}` must be int32; got {np.dtype(dtype).name}. Write "
+        "`.astype(jnp.int32)`."
+    )
 
 
 def int32(name: str, x: Any) -> Array:
@@ -94,17 +97,17 @@ def static_int(name: str, x: Any, rule: str) -> None:
 
 def not_yet(name: str, x: Any) -> None:
     """Classes that are announced and not there yet."""
-    kind = x.__name__ if isinstance(x, type) else type(x).__name__
-    if kind in LATER:
+    label = x.__name__ if isinstance(x, type) else type(x).__name__
+    if label in LATER:
         raise NotImplementedError(
-            f"`{name}`: {LATER[kind]} ({kind}) is not implemented in this version; got "
-            f"{kind(x)}. Use Softmax() and the biases that pallas_attn exports."
+            f"`{name}`: {LATER[label]} ({label}) is not implemented in this version; "
+            f"got {kind(x)}. Use Softmax() and the biases that pallas_attn exports."
         )
 
 
 def known(x: Any) -> np.ndarray | None:
     """The values of an array if they are there to be read."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array):
         return np.asarray(jax.device_get(x)) if x.is_fully_addressable else None
@@ -118,7 +121,7 @@ def wrong_shape(name: str, x: Any, rule: str, advice: str) -> NoReturn:
 
 def kind(x: Any) -> str:
     """What was found, in a few words."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return f"a traced array of {x.dtype.name} {list(x.shape)}"
     if isinstance(x, np.ndarray | jax.Array):
         return f"an array of {x.dtype} {list(x.shape)}"
