@@ -1,0 +1,1 @@
+"""A tour: check every bias, train a small model, see it extrapolate."""
