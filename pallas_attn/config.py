@@ -39,3 +39,68 @@ class Config:
     cols: Block | None = None
     tiles: Block | None = None
     prune: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decides the shipped blocks of a call."""
+
+    head_dim: int  # the larger of H and h
+    dtype: str  # of query, key and value
+    length: int  # T
+    dense: bool  # a full bias tile is added
+    free: bool  # no dense bias, not causal, not pruned
+    columns: int  # of all factored products
+
+
+def shipped(kernel: str, load: Load) -> Block:
+    """The shipped block of a kernel.
+
+    Measured on an H200 in bfloat16. Three stages are what Triton needs to keep two loads
+    in flight; fewer only where shared memory or registers run out.
+    """
+    if load.dtype == "float32":
+        return _float32(kernel, load)
+    if load.head_dim > 128:
+        return _widest(kernel)
+    wide = load.head_dim > 64
+    thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
+    match kernel:
+        case "forward":
+            if wide and (load.free or load.dense):
+                return Block(128, 64, 8, 3)
+            tall = thin or (32 < load.head_dim <= 64 and (load.free or load.dense))
+            return Block(128, 64) if tall else Block(64, 64)
+        case "rows":
+            if wide and load.length > 4096 and not load.dense:
+                return Block(128, 64, 8, 3)
+            if wide:
+                return Block(64, 64, 4, 2)
+            return Block(128, 64) if thin else Block(64, 64)
+        case "cols":
+            if wide:
+                return Block(64, 64, 4, 2)
+            return Block(64, 128) if thin else Block(64, 64)
+        case "thin_rows":
+            return Block(128, 64, 4, 4)
+        case "thin_cols":
+            return Block(64, 128)
+        case _:
+            assert kernel == "tiles"
+            return Block(64, 64)
+
+
+def _widest(kernel: str) -> Block:
+    """Head dims of 129 to 256, 16-bit."""
+    if kernel.startswith("thin"):
+        return Block(64, 64, 8, 2)
+    return Block(64, 32, 8, 2)
+
+
+def _float32(kernel: str, load: Load) -> Block:
+    """float32 operands: twice the shared memory, and IEEE dots without tensor cores."""
+    if load.head_dim > 128:
+        return Block(32, 32, 8, 1)
+    if load.head_dim > 64:
+        return Block(32, 32, 8, 2)
+    return Block(32, 32, 4, 2) if not kernel.startswith("thin") else Block(64, 32, 4, 2)

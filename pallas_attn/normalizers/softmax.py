@@ -1,8 +1,28 @@
-"""Softmax: how a row of scores becomes weights."""
+"""Softmax: how a row of scores becomes weights.
+
+The kernels keep scores x in units of q.k: a weight is 2^(x mul - ref), with
+mul = scale log2(e), one fused multiply-add. Statistics are in log2.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.call import NO_WEIGHT
+
+
+LOG2E = math.log2(math.e)
+
+# Scores may lie this far (in log2) below a bound on them before 2^(score - bound) is
+# too coarse, and the true maximum is found first.
+SPREAD = 100.0
+
+Exp2 = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -11,3 +31,39 @@ class Softmax:
 
     The residual of a call is lse, float32 [B, T, N] in natural units, differentiable.
     """
+
+
+def lowest(scale: float) -> float:
+    """Where a running maximum starts: rows of scores at or below it attend to nothing."""
+    return NO_WEIGHT * (1 - 1e-6) / scale
+
+
+def peak(m: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
+    """The running maximum of x + row, [queries]."""
+    return jnp.maximum(m, jnp.max(x, 1) + row)
+
+
+def rescaled(
+    m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Online softmax: (weights of this tile, factor for what came before, new maximum)."""
+    new = peak(m, x, row)
+    weights = exp2(x * mul - ((new - row) * mul)[:, None])
+    return weights, exp2((m - new) * mul), new
+
+
+def referred(
+    x: jax.Array, row: jax.Array, reference: jax.Array, mul: float, exp2: Exp2
+) -> jax.Array:
+    """Weights of a tile relative to 2^reference, which stays as it is."""
+    return exp2(x * mul - (reference - row * mul)[:, None])
+
+
+def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:
+    """log2 of a row's sum; +inf for an empty row, so that 2^(x - it) is 0 unmasked."""
+    return jnp.where(total > 0, reference + jnp.log2(total), jnp.inf)
+
+
+def score_gradient(p: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
+    """dT = P (dP - delta), where delta = <do, o> - dlse."""
+    return p * (dp - delta)

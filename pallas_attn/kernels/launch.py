@@ -1,0 +1,85 @@
+"""How a kernel is started: the grid and its order, warps, stages, names."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_attn.call import Call
+from pallas_attn.config import Block
+
+
+# JAX warns when it lowers, outside any call of ours. Ends with another backend here.
+warnings.filterwarnings(
+    "ignore",
+    message="The Pallas Triton backend is deprecated",
+    category=DeprecationWarning,
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The programs of a pass, one per (batch entry, head, block), and their order.
+
+    long_first: programs differ in length, so heads go fastest and long ones start first.
+    flock: batch entries that run side by side because they share a bias tile.
+    """
+
+    batch: int
+    heads: int
+    blocks: int
+    long_first: bool
+    flock: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The launch grid, fastest axis first."""
+        if self.flock > 1:
+            return (self.flock, self.blocks, self.heads, self.batch // self.flock)
+        if self.long_first:
+            return (self.heads, self.batch, self.blocks)
+        return (self.blocks, self.heads, self.batch)
+
+    def place(self) -> tuple[Any, Any, Any]:
+        """(batch entry, head, block) of this program."""
+        if self.flock > 1:
+            entry, block, head, group = (pl.program_id(i) for i in range(4))
+            return group * self.flock + entry, head, block
+        x, y, z = (pl.program_id(i) for i in range(3))
+        return (y, x, z) if self.long_first else (z, y, x)
+
+
+def launch(
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    inputs: Any,
+    outputs: Any,
+    call: Call,
+    block: Block,
+    **static: Any,
+) -> Any:
+    """Run `kernel(*input_refs, *output_refs, call=..., **static)` on every grid point."""
+    bound = functools.partial(kernel, call=call, **static)
+    bound.__name__ = kernel.__name__  # pyright: ignore[reportAttributeAccessIssue]
+    return pl.pallas_call(
+        bound,
+        grid=grid,
+        out_shape=outputs,
+        interpret=call.interpret,
+        name=kernel.__name__,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=block.num_warps, num_stages=block.num_stages
+        ),
+    )(*inputs)
+
+
+def like(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

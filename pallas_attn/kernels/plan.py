@@ -1,0 +1,146 @@
+"""Which passes a gradient needs, and how each is laid out: the one place that chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.experimental import pallas as pl
+
+from pallas_attn.bias.base import Added, has_bound
+from pallas_attn.call import Call
+from pallas_attn.config import Block, Load, shipped
+from pallas_attn.kernels.launch import Grid
+from pallas_attn.kernels.terms import Field, fields, is_identity, span
+from pallas_attn.kernels.visible import Sight
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients somebody asked for, and whether the residual has a cotangent."""
+
+    qkv: bool
+    fields: tuple[Field, ...]
+    a: tuple[int, ...]  # products whose query side wants one
+    b: tuple[int, ...]  # products whose key side wants one
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The passes of a call. A pass owns each gradient it is listed with, alone."""
+
+    pruned: bool
+    two: bool  # far blocks on both sides of the diagonal are told apart
+    flock: int  # batch entries side by side, where they share a bias tile
+    dense: bool  # a full tile is added
+    turn: bool  # cols reads a transposed copy of shared full tiles
+    columns: int  # of all products
+    store: Any = None  # cols writes dS in this dtype: it is the gradient of `own`
+    own: tuple[Field, ...] = ()
+    rows: bool = True  # False: dq is a thin pass over a stored dS
+    cols: bool = True
+    dk: bool = True  # False: dk is a thin pass over a stored dS
+    row_fields: tuple[Field, ...] = ()
+    col_fields: tuple[Field, ...] = ()
+    tile_fields: tuple[Field, ...] = ()
+    da: tuple[int, ...] = ()
+    db: tuple[int, ...] = ()
+
+    @property
+    def flip(self) -> bool:
+        """Whether cols keeps scores as [keys, queries]: no operand is transposed then."""
+        return self.turn or not self.dense
+
+
+def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -> Plan:
+    """The plan of a forward pass, or of a backward pass if `wanted` is given."""
+    every = fields(added)
+    full = [x for f, x in every.items() if span(added, f) == "qk"]
+    sharing = [
+        (call.B if x.shape[0] == 1 else 1) * (call.N if x.shape[1] == 1 else 1)
+        for x in full
+    ]
+    bounded = all(has_bound(t) for t in added.terms) and bool(added.terms)
+    pruned = call.config.prune and bounded and not sight.arrays.placed
+    sided = any(t.sided for t in added.terms)
+    over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
+    start = Plan(
+        pruned=pruned,
+        two=(pruned or sided) and not call.causal and not sight.arrays.placed,
+        flock=_flock(call.B) if over_batch else 1,
+        dense=bool(full),
+        turn=bool(full) and min(sharing) >= 8,
+        columns=sum(b.shape[-1] for _, b in added.products),
+    )
+    if wanted is None:
+        return start
+
+    def of_span(*spans: str) -> tuple[Field, ...]:
+        return tuple(f for f in wanted.fields if span(added, f) in spans)
+
+    # What adds the same to a whole row has no gradient: attention.py gives it dlse.
+    rows = tuple(f for f in of_span("", "q") if not is_row_constant(added, f))
+    pairs = of_span("qk")
+    others = bool(wanted.qkv or wanted.a or wanted.b or rows or of_span("k"))
+    shape = (call.B, call.N, call.T, call.S)
+    own = tuple(
+        f for f in pairs if others and is_identity(added, f) and every[f].shape == shape
+    )
+    own = own if own and _as_wide(every[own[0]].dtype, call.dtype) else ()
+    return replace(
+        start,
+        store=every[own[0]].dtype if own else None,
+        own=own,
+        rows=bool((wanted.qkv and not own) or (wanted.a and not own) or rows),
+        cols=bool(wanted.qkv or wanted.b or of_span("k") or own),
+        dk=not own or call.H <= 64,
+        row_fields=rows,
+        col_fields=of_span("k"),
+        tile_fields=tuple(f for f in pairs if f not in own),
+        da=wanted.a,
+        db=wanted.b,
+        turn=start.turn and not own,
+    )
+
+
+def is_row_constant(added: Added, field: Field) -> bool:
+    """Whether the field adds one number to a whole row of scores."""
+    return is_identity(added, field) and span(added, field) in ("", "q")
+
+
+def block_of(call: Call, plan: Plan, kernel: str) -> Block:
+    """The block of a kernel: the user's, or the shipped choice."""
+    user = getattr(call.config, kernel, None)
+    load = Load(
+        head_dim=max(call.H, call.h),
+        dtype=call.dtype,
+        length=call.T,
+        dense=plan.dense,
+        free=not (plan.dense or call.causal or plan.pruned),
+        columns=plan.columns,
+    )
+    return user or shipped(kernel, load)
+
+
+def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
+    """The programs of a pass: by key block for cols, by query block for the others."""
+    block = block_of(call, plan, kernel)
+    by_key = kernel.endswith("cols")
+    return Grid(
+        batch=call.B,
+        heads=call.K if by_key else call.N,
+        blocks=pl.cdiv(call.S, block.block_k)
+        if by_key
+        else pl.cdiv(call.T, block.block_q),
+        long_first=call.causal or plan.pruned,
+        flock=plan.flock,
+    )
+
+
+def _flock(batch: int) -> int:
+    return max(n for n in range(1, min(batch, 16) + 1) if batch % n == 0)
+
+
+def _as_wide(dtype: Any, other: str) -> bool:
+    """Whether dS kept in `dtype` loses nothing that products in `other` need."""
+    return dtype == "float32" or str(dtype) == other
