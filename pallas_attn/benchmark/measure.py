@@ -69,7 +69,7 @@ def compiled_programs(
         nonlocal count
         count += 1
         seconds = time.perf_counter() - start
-        if count % max(1, len(work) // 10) == 0 or count == len(work):
+        if count % -(-len(work) // 10) == 0 or count == len(work):
             say(f"  compiled {count} of {len(work)} programs, {seconds:.0f} s")
 
     return timing.compile_all(work, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,14 +78,14 @@ def jobs(case: Case, implementation: str) -> dict[str, Callable[[], Any]]:
     "ours errors".
     """
     shapes = shapes_of(case)
-    found = {
+    found: dict[str, Callable[[], Any]] = {
         "draw": functools.partial(compiled, functools.partial(draw, case), _seed()),
         "visited": functools.partial(compiled, _visited(case, implementation), shapes),
     }
     for name, side in sides(case, implementation).items():
         given = side.inputs(shapes)
-        results = dict(zip(("query", "key", "value", "bias"), given[:4], strict=True))
-        results["output"] = given.query
+        results = {"output": given.query, **given._asdict()}
+        del results["cotangent"]
         found[f"{name} forward"] = functools.partial(compiled, side.forward, given)
         found[f"{name} both"] = functools.partial(compiled, side.both, given)
         found[f"{name} errors"] = functools.partial(
@@ -121,5 +122,5 @@ def compiled(
     program: Callable[..., Any], *shapes: Any, wide: bool = False
 ) -> jax.stages.Compiled:
     """A program, compiled for arrays of these shapes; `wide`: float64 is float64."""
-    with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
         return jax.jit(program).lower(*shapes).compile()

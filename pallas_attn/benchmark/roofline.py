@@ -63,7 +63,7 @@ def forward(case: Case) -> Work:
     flops = pairs (4 H + 2 R)
     """
     shapes = shapes_of(case)
-    operands = shapes._replace(cotangent=None)  # pyright: ignore[reportArgumentType]
+    operands = shapes._replace(cotangent=None)
     moved = _bytes(operands) + _bytes(shapes.query)
     return Work(float(pairs(case) * (4 * case.H + 2 * _rank(case))), moved)
 
@@ -77,7 +77,7 @@ def both(case: Case) -> Work:
     flops = pairs (14 H + 8 R)
     """
     shapes = shapes_of(case)
-    operands: Inputs = shapes._replace(cotangent=None)  # pyright: ignore[reportArgumentType]
+    operands: Inputs = shapes._replace(cotangent=None)
     moved = 3 * _bytes(operands) + 3 * _bytes(shapes.query)
     return Work(float(pairs(case) * (14 * case.H + 8 * _rank(case))), moved)
 

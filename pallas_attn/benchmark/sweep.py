@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Trial:
 
 
 def parsed(text: str) -> list[tuple[str, Block]]:
-    """Of `pass=QxKxWARPSxSTAGES,...` the pass and each block.
+    """Of `pass=QxK[xWARPS[xSTAGES]],...` the pass and each block.
 
     Raises:
         ValueError: says what the form is.
@@ -59,7 +60,7 @@ def parsed(text: str) -> list[tuple[str, Block]]:
         found = []
     if which not in PASSES or not found:
         raise ValueError(
-            "`--sweep` takes PASS=QUERIESxKEYSxWARPSxSTAGES[,...], PASS one of "
+            "`--sweep` takes PASS=QUERIESxKEYS[xWARPS[xSTAGES]][,...], PASS one of "
             f"{', '.join(PASSES)}; got {text!r}."
         )
     return [(which, block) for block in found]
@@ -115,7 +116,7 @@ def _configs(
     }
     for which, b in choices:
         name = f"{which}={b.block_q}x{b.block_k}x{b.num_warps}x{b.num_stages}"
-        found[works[which], name] = Config(**{which: b})
+        found[works[which], name] = dataclasses.replace(Config(), **{which: b})
     return found
 
 

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+
+Name = TypeVar("Name")
 
 # One repeat on a GPU is a run of calls of about this length: long beside the clock's
 # and the queue's own time, short beside the changes of a device's frequency.
@@ -69,16 +71,16 @@ def summary(seconds: Sequence[float], calls: int, host: float) -> Timing:
 
 
 def compile_all(
-    jobs: Mapping[Any, Callable[[], Any]],
-    done: Callable[[Any, Any], None] = lambda name, result: None,
-) -> dict[Any, Any]:
+    jobs: Mapping[Name, Callable[[], Any]],
+    done: Callable[[Name, Any], None] = lambda name, result: None,
+) -> dict[Name, Any]:
     """The result of each job, or its Failure; jobs run in threads.
 
     Args:
         jobs: Each lowers and compiles one program.
         done: Called with the name and the result of each, as they come.
     """
-    results: dict[Any, Any] = {}
+    results: dict[Name, Any] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         futures = {pool.submit(job): name for name, job in jobs.items()}
         for future in as_completed(futures):
@@ -90,11 +92,11 @@ def compile_all(
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[Name, Callable[[], Any]],
     *,
     queued: bool,
     repeats: int = REPEATS,
-) -> dict[str, Timing | Failure]:
+) -> dict[Name, Timing | Failure]:
     """The time of each call, all taken in turns so that drift hits all alike.
 
     Args:
@@ -103,8 +105,8 @@ def interleaved(
             queue hides the host's time) or a single call (a CPU).
         repeats: At most this many rounds.
     """
-    results: dict[str, Timing | Failure] = {}
-    first: dict[str, float] = {}
+    results: dict[Name, Timing | Failure] = {}
+    first: dict[Name, float] = {}
     for name, call in calls.items():
         try:
             _run(call, 1)
@@ -117,7 +119,7 @@ def interleaved(
     }
     round_seconds = sum(first[name] * many[name] for name in first)
     rounds = min(repeats, max(LEAST_REPEATS, int(SECONDS / max(round_seconds, 1e-9))))
-    taken: dict[str, list[float]] = {name: [] for name in first}
+    taken: dict[Name, list[float]] = {name: [] for name in first}
     for turn in range(rounds):
         for name in list(first)[:: 1 if turn % 2 == 0 else -1]:
             taken[name].append(_run(calls[name], many[name]))

@@ -1,0 +1,331 @@
+"""`bench`: the cases are the promised ones, its numbers mean what they say."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_attn.benchmark import (
+    measure,
+    peers,
+    report,
+    roofline,
+    sweep,
+    tables,
+    timing,
+)
+from pallas_attn.benchmark.errors import sample_of
+from pallas_attn.benchmark.inputs import draw, shapes_of
+from pallas_attn.benchmark.peers import Peer, PEERS
+from pallas_attn.benchmark.programs import ours, Side
+from pallas_attn.benchmark.results import Result
+from pallas_attn.benchmark.specs import ALIBI, Case, CASES, DENSE, Target, Term
+from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.config import Block
+from pallas_attn.testing.numerics import assert_formula
+
+
+FACTORED = Term("factored", rank=3)
+
+# shape, peer, ratios of forward and forward + backward
+PROMISED = {
+    "B1 N16 T4096 H128 causal, no bias": ("cudnn", 1.10, 1.15),
+    "B1 N16 T4096 H128 causal, ALiBi": ("cudnn", 0.70, 0.64),
+    "B1 N16 T16384 H128 causal, ALiBi": ("cudnn", 0.37, 0.34),
+    "B1 N16 T4096 H128 causal, ALiBi + factored R8": ("cudnn", 1.05, 0.84),
+    "B1 N32 K8 T8192 H128 causal, ALiBi": ("cudnn", 0.60, 0.60),
+    "B1 N16 T4096 H128, dense [1,16,4096,4096]": ("cudnn-bias", 0.90, 0.62),
+    "B2 N8 T4096 H64, dense [2,8,4096,4096]": ("cudnn-bias", 0.92, 0.52),
+    "B2 N4 T4096 H32, dense [2,4,4096,4096]": ("cudnn-bias", 0.75, 0.48),
+    "B384 N4 T384 H32, dense [1,4,384,384]": ("cudnn-bias", 0.65, 0.46),
+    "B2 N4 T4096 H32, factored R8": ("cudnn-concatenation", 0.95, 0.95),
+    "B2 N8 T8192 H64, factored R16": ("cudnn-concatenation", 1.0, 1.0),
+    "B2 N4 T4096 H32, factored R8 float32": ("cudnn-concatenation", 1.6, 1.5),
+    "B2 N8 T8192 H64, factored R16 float32": ("cudnn-concatenation", 1.9, 1.5),
+    "B128 N4 T4096 H32, dense [1,4,4096,4096]": ("cudnn-bias", 0.75, 0.55),
+    "B1 N8 T2048 H64 causal, ALiBi": ("xla", 0.9, 0.6),
+    "B1 N8 T2048 H64 causal, dense [1,8,2048,2048]": ("xla", 0.9, 0.6),
+}
+
+
+def small(name: str, **changes: object) -> Case:
+    here = "gpu" if measure.on_gpu() else "cpu"
+    base = Case(name, "here", B=2, N=4, T=40, H=16, dtype="float32", platform=here)
+    return dataclasses.replace(base, peer="xla", **changes)
+
+
+SMALL = (
+    small("none", causal=True, bias=(), target=Target(0.9, 0.6)),
+    small("alibi", K=2, causal=True, bias=(ALIBI,), target=Target(2.0, 2.0, 64.0)),
+    small("sum", causal=True, bias=(ALIBI, FACTORED)),
+    small("shared", bias=(Term("dense", shared=True),)),
+)
+
+
+def test_the_promised_cases_are_there():
+    found = {
+        case.shape: (case.peer, case.target.forward, case.target.both)
+        for case in CASES
+        if case.target
+    }
+    assert found == PROMISED
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases_are_well_formed(case):
+    assert [other.name for other in CASES].count(case.name) == 1
+    assert case.origin
+    assert case.peer in (*PEERS, None)
+    assert case.N % case.key_heads == 0
+    shapes = shapes_of(case)
+    assert shapes.query.shape == (case.B, case.T, case.N, case.H)
+    assert shapes.value.shape == (case.B, case.T, case.key_heads, case.H)
+    assert (shapes.bias is None) == (not case.bias)
+    assert {x.dtype.name for x in shapes[:3]} == {case.dtype}
+
+
+def test_the_large_shared_bias_is_held_to_its_memory():
+    (case,) = (case for case in CASES if case.name == "af3")
+    assert case.target
+    assert case.target.temporaries_mib == 64
+    assert jax.tree.leaves(shapes_of(case).bias)[0].shape == (1, 4, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("case", "attend"),
+    [
+        (small("none", causal=True), peers.plain),
+        (small("dense", bias=(DENSE,)), peers.with_bias),
+        (small("alibi", bias=(ALIBI,), causal=True), peers.with_bias),
+        (small("factored", bias=(FACTORED,)), peers.concatenation),
+    ],
+    ids=lambda x: getattr(x, "name", getattr(x, "__name__", "")),
+)
+def test_a_peer_computes_the_case(case, attend):
+    """By jax.nn's other backend, which runs anywhere."""
+    inputs = draw(case, jax.random.key(1))
+    attend = functools.partial(attend, causal=case.causal, backend="xla")
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(ours(case, "reference").both)(inputs)
+        assert_formula(jax.jit(Side(attend).both)(inputs), want)
+
+
+def test_a_concatenation_is_filled_to_eight_columns(monkeypatch):
+    widths = []
+
+    def attention(query, key, value, **options):
+        widths.extend(x.shape[3] for x in (query, key, value))
+        return value
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    case = small("factored", bias=(FACTORED,))
+    query, key, value, bias, _ = draw(case, jax.random.key(0))
+    assert isinstance(bias, FactoredBias)
+    output = peers.concatenation(query, key, value, bias, causal=False)
+    assert widths == [24, 24, 24]
+    assert output.shape[3] == case.H
+
+
+def test_a_timing_is_the_median_of_its_repeats():
+    seconds = [0.4, 0.1, 0.3, 0.2, 9.0]
+    found = timing.summary(seconds, calls=10, host=0.001)
+    assert found.median == 1e3 * statistics.median(seconds) / 10
+    assert (found.low, found.high) == (10.0, 900.0)
+    assert (found.repeats, found.calls, found.host) == (5, 10, 1.0)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_programs_are_timed_in_turns(queued):
+    order = []
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    calls = {
+        "a": lambda: order.append("a"),
+        "broken": broken,
+        "b": lambda: order.append("b"),
+    }
+    found = timing.interleaved(calls, queued=queued, repeats=4)
+    assert found["broken"] == timing.Failure("RuntimeError: out of memory")
+    for name in "ab":
+        time = found[name]
+        assert isinstance(time, timing.Timing)
+        assert time.repeats == 4
+        assert time.low <= time.median <= time.high
+    if not queued:
+        assert "".join(order) == "aabb" + "abba" * 2
+
+
+def test_a_failed_compilation_does_not_lose_the_others():
+    def broken():
+        raise ValueError("no such kernel")
+
+    seen = {}
+    found = timing.compile_all({"good": lambda: 1, "bad": broken}, seen.__setitem__)
+    assert (
+        found
+        == seen
+        == {"good": 1, "bad": timing.Failure("ValueError: no such kernel")}
+    )
+
+
+def test_work_is_that_of_the_visible_pairs():
+    case = small("none", K=2, causal=True)
+    seen = sum(j <= i for i in range(case.T) for j in range(case.T))
+    assert roofline.pairs(case) == case.B * case.N * seen
+    work = roofline.forward(case)
+    assert work.flops == 4 * case.B * case.N * seen * case.H
+    elements = case.B * case.T * case.H * (2 * case.N + 2 * case.key_heads)
+    assert work.bytes == 4 * elements
+    assert roofline.device("NVIDIA H100 80GB HBM3") == roofline.DEVICES["H100"]
+    assert roofline.device("cpu") is None
+
+
+def test_a_sample_has_whole_groups_of_heads():
+    grouped = sample_of(small("alibi", N=8, K=4))
+    assert grouped.key_heads == (0, 3)
+    assert grouped.heads == (0, 1, 6, 7)
+    assert grouped.batch == (0,)
+    assert sample_of(small("shared", bias=(Term("dense", shared=True),))).batch == (
+        0,
+        1,
+    )
+    assert sample_of(small("multi-query", K=1)).heads == (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The report of all small cases, and what was printed."""
+    path = tmp_path_factory.mktemp("bench") / "deep" / "report.json"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert report.main(["--json", str(path), "--repeats", "2"], SMALL) == 0
+    return path, printed.getvalue()
+
+
+def test_a_run_measures_every_case(run):
+    found = json.loads(run[0].read_text())
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["device"]["kind"] == jax.devices()[0].device_kind
+    results = [Result.of_json(values) for values in found["results"]]
+    assert [result.name for result in results] == [case.name for case in SMALL]
+    for result in results:
+        assert not result.failures
+        assert all((result.ratio(work) or 0) > 0 for work in ("forward", "both"))
+        programs = {"ours forward", "ours both", "peer forward", "peer both"}
+        assert set(result.timings) == set(result.temporaries) == programs
+        assert min(result.temporaries.values()) > 0
+        assert set(result.visited) == {"forward", "rows", "cols"}
+        assert set(result.errors) == {"ours", "peer"}
+    assert results[1].met()["temporaries_mib"]
+
+
+def within_formula(errors):
+    """Relative errors are those of float32; TF32, a GPU's default, is coarser."""
+    errors = np.asarray(list(errors))
+    assert np.isfinite(errors).all()
+    if not measure.on_gpu():
+        assert_formula(1 + errors, np.ones_like(errors))
+
+
+def test_errors_are_of_the_output_and_every_gradient(run):
+    results = json.loads(run[0].read_text())["results"]
+    leaves = {result["name"]: set(result["errors"]["ours"]) for result in results}
+    always = {"output", "query", "key", "value"}
+    assert leaves == {
+        "none": always,
+        "alibi": always | {"slopes"},
+        "sum": always | {"slopes", "q_factor", "k_factor"},
+        "shared": always | {"bias"},
+    }
+    for result in results:
+        for side in result["errors"].values():
+            within_formula(side.values())
+
+
+def test_the_tables_show_every_case(run, capsys):
+    report.main(["--markdown", str(run[0])])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(SMALL)
+    assert all(row.count("|") == rows[0].count("|") for row in rows)
+    results = [Result.of_json(x) for x in json.loads(run[0].read_text())["results"]]
+    tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [case.name for case in SMALL]
+
+
+def test_progress_and_the_platform_are_said(run):
+    text = run[1]
+    assert ("CPU cases only" in text) != measure.on_gpu()
+    assert "compiled 32 of 32 programs" in text
+    assert all(f"[{i}/4] {case.name}: " in text for i, case in enumerate(SMALL, 1))
+
+
+def test_a_peer_without_the_bias_is_judged_by_its_own_truth(monkeypatch, tmp_path):
+    plain = functools.partial(peers.plain, backend="xla")
+    monkeypatch.setitem(PEERS, "xla", Peer("no bias", plain, biased=False))
+    path = tmp_path / "report.json"
+    assert report.main(["alibi", "--json", str(path), "--repeats", "1"], SMALL) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert set(result["errors"]["peer"]) == {"output", "query", "key", "value"}
+    within_formula(result["errors"]["peer"].values())
+
+
+def test_a_failing_case_leaves_the_others(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    broken = small("broken", bias=(DENSE,))
+    broken = dataclasses.replace(broken, peer="cudnn-concatenation")
+    arguments = ["--json", str(path), "--repeats", "1"]
+    assert report.main(arguments, (broken, SMALL[0])) == 1
+    first, second = json.loads(path.read_text())["results"]
+    assert set(first["failures"]) == {"peer forward", "peer both"}
+    assert first["timings"]["ours both"]["median"] > 0
+    assert not second["failures"]
+    assert "peer forward, peer both" in capsys.readouterr().out
+
+
+def test_cases_are_selected_by_name_and_platform():
+    here = report.selected(CASES, [], "cpu")
+    assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
+    assert len(report.selected(CASES, [], "gpu")) == 14
+    named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
+    assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
+    assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]
+
+
+def test_a_sweep_times_each_block(tmp_path):
+    path = tmp_path / "report.json"
+    arguments = ["alibi", "--repeats", "1", "--json", str(path)]
+    arguments += ["--sweep", "forward=32x32x4x2,64x32x4x3", "--sweep", "rows=16x16x4x1"]
+    assert report.main(arguments, SMALL) == 0
+    trials = [sweep.Trial(**x) for x in json.loads(path.read_text())["sweep"]]
+    assert sorted((t.work, t.name) for t in trials) == [
+        ("both", "rows=16x16x4x1"),
+        ("both", "shipped"),
+        ("forward", "forward=32x32x4x2"),
+        ("forward", "forward=64x32x4x3"),
+        ("forward", "shipped"),
+    ]
+    if not measure.on_gpu():  # "xla" has no blocks
+        assert {trial.difference for trial in trials} == {0.0}
+
+
+@pytest.mark.parametrize("text", ["rows", "rows=", "rows=1", "rows=axb", "top=1x2x3x4"])
+def test_a_sweep_that_cannot_be_read_says_how(text):
+    with pytest.raises(ValueError, match="--sweep"):
+        sweep.parsed(text)
+
+
+def test_a_sweep_names_a_pass_and_its_blocks():
+    assert sweep.parsed("cols=64x32x4x2,32x32x2x1") == [
+        ("cols", Block(64, 32, 4, 2)),
+        ("cols", Block(32, 32, 2, 1)),
+    ]
