@@ -17,16 +17,18 @@ from pallas_attn.checks.rules import (
     not_yet,
     shape,
     shape_from_the_right,
+    wrong_shape,
 )
-from pallas_attn.shapes import axes, Sizes
+from pallas_attn.shapes import axes, fits, Sizes, spelled
 
 
 # By home: the axes of a field, and what to do about a wrong one. Behind those of a
 # query or key field may stand axes of its own, which `contract` or `expand` uses up.
+LEADING = "Its leading axes are those of query, of size 1 where it is shared."
 HOME_RULES = {
     "head": ("#B #N", "Give one number per head."),
-    "query": ("#B T #N", "Give every leading axis, of size 1 where it is shared."),
-    "key": ("#B S #N", "Give every leading axis, of size 1 where it is shared."),
+    "query": ("#B T #N", LEADING),
+    "key": ("#B S #N", LEADING),
     "pair": ("#B #N #T #S", "Give a shared axis the size 1."),
 }
 ALIGNED = ("head", "pair")
@@ -52,14 +54,12 @@ def given(x: Any, sizes: Sizes) -> Bias:
 
 
 def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
+    not_yet(name, term)
     if isinstance(term, Sum):
         named = enumerate(term.terms)
         return Sum(
             tuple(_with_arrays(f"{name}.terms[{i}]", t, sizes) for i, t in named)
         )
-    if not isinstance(term, Bias):
-        not_yet(name, term)
-        raise TypeError(f"`{name}` must be a Bias; got {kind(term)}.")
     fields = {
         field: _field(f"{name}.{field}", getattr(term, field), home, sizes)
         for field, home in homes(term).items()
@@ -76,10 +76,11 @@ def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
         if found.ndim < least_axes:
             shape(name, found, rule, advice)
         shape_from_the_right(name, found, rule, advice)
-    else:
-        # axes of its own are any: the rule spells them as they are
-        own = {f"R{i}": n for i, n in enumerate(found.shape[len(rule) :])}
-        shape(name, found, rule + axes(" ".join(own), sizes, **own), advice)
+    elif not fits(found.shape[: len(rule)], rule):
+        own = found.shape[len(rule) :]
+        if own:
+            rule += axes("R" if len(own) == 1 else "...", sizes)
+        wrong_shape(name, found, spelled(rule), advice)
     return found
 
 
@@ -149,9 +150,8 @@ def product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:
         )
     names = tuple(_name(name, x, i, side) for i, side in enumerate(pair))
     a, b = (array(n, side) for n, side in zip(names, pair, strict=True))
-    advice = "Give every leading axis, of size 1 where it is shared."
-    shape(names[0], a, axes("#B T #N R", sizes), advice)
-    shape(names[1], b, axes("#B S #N R", sizes, R=a.shape[-1]), advice)
+    shape(names[0], a, axes("#B T #N R", sizes), LEADING)
+    shape(names[1], b, axes("#B S #N R", sizes, R=a.shape[-1]), LEADING)
     for n, side in zip(names, (a, b), strict=True):
         addable(n, side)
     return a, b

@@ -131,4 +131,5 @@ def kind(x: Any) -> str:
         return "None"
     if isinstance(x, bool | int | float | str):
         return f"{x!r}"
-    return f"a {type(x).__name__}"
+    name = type(x).__name__
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"

@@ -1,0 +1,321 @@
+"""A wrong call raises before anything runs, and says what is wrong and what to do."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_attn import (
+    ALiBi,
+    api,
+    Bias,
+    Block,
+    Config,
+    DenseBias,
+    dot_product_attention,
+    FactoredBias,
+    head_home,
+    key_home,
+    query_home,
+    Softmax,
+    visited,
+)
+
+
+B, T, S, N, K, H, h = 2, 5, 7, 4, 2, 8, 6
+
+
+class Wrong(NamedTuple):
+    """Arguments that replace those of a right call, and what the error must say."""
+
+    change: dict[str, Any]
+    error: type[Exception]
+    says: tuple[str, ...]  # argument, rule, found, advice
+
+
+def floats(*shape, dtype="float32"):
+    return jnp.ones(shape, dtype)
+
+
+def ints(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+def factored(q_shape=(B, T, N, 3), k_shape=(B, S, N, 3), dtype="float32"):
+    return FactoredBias(floats(*q_shape), floats(*k_shape, dtype=dtype))
+
+
+class Nothing(Bias):
+    slopes: Any = head_home()
+
+
+class Homeless(Bias):
+    slopes: Any = head_home()
+    power: Any = 2.0
+
+    def tile(self, t):
+        return self.slopes * t.distance**self.power
+
+
+class Vectors(Bias):
+    x: Any = query_home()
+
+    def tile(self, t):
+        return self.x
+
+
+class OneSide(Bias):
+    x: Any = query_home()
+
+    def contract(self):
+        return self.x
+
+
+class Unequal(Bias):
+    x: Any = query_home()
+    y: Any = key_home()
+
+    def contract(self):
+        return self.x * 2, self.y * 2
+
+
+class Arrays(Bias):
+    slopes: Any = head_home()
+
+    def expand(self):
+        return (self.slopes,)
+
+
+class NoTuple(Bias):
+    slopes: Any = head_home()
+
+    def expand(self):
+        return ALiBi(self.slopes)
+
+
+class CoALiBi:
+    """Stands for a class of a later version."""
+
+
+class Entmax:
+    """Stands for a class of a later version."""
+
+
+class ForgetGate(Bias):
+    """Stands for a class of a later version."""
+
+    log_gate: Any = key_home()
+
+
+def block(**change):
+    sizes = {"block_q": 64, "block_k": 64, **change}
+    return {"config": Config(forward=Block(**sizes))}
+
+
+def qkv(
+    q=(B, T, N, H), k=(B, S, K, H), v=(B, S, K, h), dtypes=("float32",) * 3
+) -> dict[str, Any]:
+    arrays = (floats(*x, dtype=t) for x, t in zip((q, k, v), dtypes, strict=True))
+    return dict(zip(("query", "key", "value"), arrays, strict=True))
+
+
+# One row, one line.
+# ruff: noqa: E501
+# fmt: off
+WRONG = {
+    # query, key, value
+    "query is a list": Wrong({"query": [[1.0]]}, TypeError, ("`query`", "must be an array", "a list", "jnp.asarray")),
+    "query is None": Wrong({"query": None}, TypeError, ("`query`", "must be an array", "None", "jnp.asarray")),
+    "key is text": Wrong({"key": "key"}, TypeError, ("`key`", "must be an array", "'key'", "jnp.asarray")),
+    "query without heads": Wrong(qkv(q=(T, H)), ValueError, ("`query`", "[*B, T, N, H]", "(5, 8)", "Give heads")),
+    "value without heads": Wrong(qkv(v=(S, h)), ValueError, ("`value`", "[*B, S, K, h]", "(7, 6)", "Give heads")),
+    "integer query": Wrong({"query": ints(B, T, N, H)}, TypeError, ("`query`", "float16, bfloat16, float32", "int32", "astype")),
+    "complex value": Wrong(qkv(dtypes=("float32", "float32", "complex64")), TypeError, ("`value`", "float32", "complex64", "astype")),
+    "mixed dtypes": Wrong(qkv(dtypes=("float32", "bfloat16", "float32")), ValueError, ("`key`", "dtype of query, float32", "bfloat16", "Cast")),
+    "value of another dtype": Wrong(qkv(dtypes=("bfloat16", "bfloat16", "float16")), ValueError, ("`value`", "dtype of query, bfloat16", "float16", "Cast")),
+    "head dims differ": Wrong(qkv(k=(B, S, K, 9)), ValueError, ("`key`", "[B, S, K, H] = [2, 7, 2, 8]", "(2, 7, 2, 9)", "must agree")),
+    "batches differ": Wrong(qkv(k=(3, S, K, H)), ValueError, ("`key`", "[B, S, K, H] = [2, 7, 2, 8]", "(3, 7, 2, 8)", "must agree")),
+    "leading axes differ in number": Wrong(qkv(q=(T, N, H)), ValueError, ("`key`", "[S, K, H]", "(2, 7, 2, 8)", "must agree")),
+    "key and value lengths differ": Wrong(qkv(v=(B, 8, K, h)), ValueError, ("`value`", "[B, S, K, h] = [2, 7, 2, 6]", "(2, 8, 2, 6)", "key is")),
+    "key and value heads differ": Wrong(qkv(v=(B, S, 4, h)), ValueError, ("`value`", "[2, 7, 2, 6]", "(2, 7, 4, 6)", "key is")),
+    "heads do not divide": Wrong(qkv(k=(B, S, 3, H), v=(B, S, 3, h)), ValueError, ("`query`", "multiple of the K = 3", "N = 4", "key head n // (N // K)")),
+    "no heads": Wrong(qkv(k=(B, S, 0, H), v=(B, S, 0, h)), ValueError, ("K", "at least 1", "got 0", "Only B, T and S may be 0")),
+    "no head dim": Wrong(qkv(q=(B, T, N, 0), k=(B, S, K, 0)), ValueError, ("H", "at least 1", "got 0", "Only B, T and S may be 0")),
+    # bias
+    "bias is a list": Wrong({"bias": [1.0]}, TypeError, ("`bias`", "must be an array", "a list", "jnp.asarray")),
+    "bias is a class": Wrong({"bias": ALiBi}, TypeError, ("`bias`", "a value, not a class", "the class ALiBi", "ALiBi(...)")),
+    "bool bias": Wrong({"bias": jnp.ones((T, S), bool)}, TypeError, ("`bias`", "float32", "bool", "`mask`")),
+    "int bias": Wrong({"bias": ints(T, S)}, TypeError, ("`bias`", "float32", "int32", "`mask`")),
+    "int bias value": Wrong({"bias": DenseBias(ints(T, S))}, TypeError, ("`bias.bias`", "float32", "int32", "`mask`")),
+    "bias of other heads": Wrong({"bias": floats(1, 3, T, S)}, ValueError, ("`bias`", "[1 or B, 1 or N, 1 or T, 1 or S] = [1|2, 1|4, 1|5, 1|7]", "(1, 3, 5, 7)", "size 1")),
+    "bias of another length": Wrong({"bias": floats(T, S + 1)}, ValueError, ("`bias`", "aligned to the right", "(5, 8)", "size 1")),
+    "bias with too many axes": Wrong({"bias": floats(2, 1, N, T, S)}, ValueError, ("`bias`", "1 or B", "(2, 1, 4, 5, 7)", "size 1")),
+    "slopes of other heads": Wrong({"bias": ALiBi(floats(3))}, ValueError, ("`bias.slopes`", "[1 or B, 1 or N] = [1|2, 1|4]", "(3,)", "one number per head")),
+    "scalar slope": Wrong({"bias": ALiBi(floats())}, ValueError, ("`bias.slopes`", "1 or N", "()", "one number per head")),
+    "slopes are a list": Wrong({"bias": ALiBi([0.5] * N)}, TypeError, ("`bias.slopes`", "must be an array", "a list", "jnp.asarray")),  # pyright: ignore[reportArgumentType]
+    "integer slopes": Wrong({"bias": ALiBi(ints(N))}, TypeError, ("`bias.slopes`", "float32", "int32", "cast")),
+    "factor of another length": Wrong({"bias": factored(k_shape=(2, 6, 4, 3))}, ValueError, ("`bias.k_factor`", "[1 or B, S, 1 or N, R] = [1|2, 7, 1|4, R]", "(2, 6, 4, 3)", "leading axes")),
+    "ranks differ": Wrong({"bias": factored(k_shape=(B, S, N, 4))}, ValueError, ("`bias.k_factor`", "[1 or B, S, 1 or N, R] = [1|2, 7, 1|4, 3]", "(2, 7, 4, 4)", "leading axes")),
+    "factor without a rank": Wrong({"bias": factored(q_shape=(B, T, N))}, ValueError, ("`bias.q_factor`", "[1 or B, T, 1 or N, R]", "(2, 5, 4)", "leading axes")),
+    "rank 0": Wrong({"bias": factored((B, T, N, 0), (B, S, N, 0))}, ValueError, ("`bias.q_factor`", "R]", "(2, 5, 4, 0)", "leading axes")),
+    "integer factor": Wrong({"bias": factored(dtype="int32")}, TypeError, ("`bias.k_factor`", "float32", "int32", "cast")),
+    "a term of a sum": Wrong({"bias": floats(T, S) + ALiBi(floats(3))}, ValueError, ("`bias.terms[1].slopes`", "1 or N", "(3,)", "one number per head")),
+    "a term without methods": Wrong({"bias": Nothing(floats(N))}, TypeError, ("`bias`", "must override tile, contract or expand", "a Nothing", "pallas_attn.Bias")),
+    "a field without a home": Wrong({"bias": Homeless(floats(N))}, TypeError, ("`bias.power`", "must have a home", "got none", "head_home()")),
+    "a vector in a tile": Wrong({"bias": Vectors(floats(B, T, N, 3))}, ValueError, ("`bias.x`", "[1 or B, T, 1 or N]", "(2, 5, 4, 3)", "one number each")),
+    "contract of one array": Wrong({"bias": OneSide(floats(B, T, N, 3))}, TypeError, ("`bias.contract`", "two arrays", "array", "Return")),
+    "contract of unequal ranks": Wrong({"bias": Unequal(floats(B, T, N, 3), floats(B, S, N, 4))}, ValueError, ("`bias.contract()[1]`", "R] = ", "(2, 7, 4, 4)", "leading axes")),
+    "expand returns arrays": Wrong({"bias": Arrays(floats(N))}, TypeError, ("`bias.expand`", "bias values", "array", "DenseBias(array)")),
+    "expand returns a term": Wrong({"bias": NoTuple(floats(N))}, TypeError, ("`bias.expand`", "a tuple", "an ALiBi", "return (term,)")),
+    # mask
+    "float mask": Wrong({"mask": floats(T, S)}, TypeError, ("`mask`", "must be bool", "float32", "`bias=mask`")),
+    "int mask": Wrong({"mask": ints(T, S)}, TypeError, ("`mask`", "must be bool", "int32", "mask != 0")),
+    "mask of another shape": Wrong({"mask": jnp.ones((B, 3, T, S), bool)}, ValueError, ("`mask`", "[1|2, 1|4, 1|5, 1|7]", "(2, 3, 5, 7)", "size 1")),
+    "bias as mask": Wrong({"mask": ALiBi(floats(N))}, TypeError, ("`mask`", "must be an array", "an ALiBi", "jnp.asarray")),
+    # scale
+    "scale is NaN": Wrong({"scale": float("nan")}, ValueError, ("`scale`", "finite", "nan", "where it is made")),
+    "scale is infinite": Wrong({"scale": np.float32("inf")}, ValueError, ("`scale`", "finite", "inf", "where it is made")),
+    "scale per head": Wrong({"scale": floats(N)}, ValueError, ("`scale`", "shape ()", "(4,)", "Multiply the query")),
+    "scale is a bool": Wrong({"scale": True}, TypeError, ("`scale`", "real number", "bool", "Leave it out")),
+    "scale is text": Wrong({"scale": "auto"}, TypeError, ("`scale`", "must be an array", "'auto'", "jnp.asarray")),
+    "complex scale": Wrong({"scale": floats(dtype="complex64")}, TypeError, ("`scale`", "real number", "complex64", "Leave it out")),
+    # static flags and the window
+    "is_causal is an array": Wrong({"is_causal": jnp.asarray(True)}, TypeError, ("`is_causal`", "True or False", "array", "static_argnames")),
+    "is_causal is text": Wrong({"is_causal": "yes"}, TypeError, ("`is_causal`", "True or False", "'yes'", "static")),
+    "return_residual is None": Wrong({"return_residual": None}, TypeError, ("`return_residual`", "True or False", "None", "static")),
+    "negative window": Wrong({"local_window_size": (3, -1)}, ValueError, ("`local_window_size`", "not be negative", "(3, -1)", "`mask`")),
+    "window of three": Wrong({"local_window_size": (1, 2, 3)}, ValueError, ("`local_window_size`", "(left, right)", "3 numbers", "to the left and to the right")),
+    "fractional window": Wrong({"local_window_size": 2.5}, TypeError, ("`local_window_size`", "an int or (left, right)", "2.5", "static")),
+    "traced window": Wrong({"local_window_size": jnp.asarray(2)}, TypeError, ("`local_window_size`", "an int or (left, right)", "array of int32", "static_argnames")),
+    # lengths, offset, positions, segments
+    "float lengths": Wrong({"key_value_seq_lengths": floats(B)}, TypeError, ("`key_value_seq_lengths`", "int32", "float32", "astype(jnp.int32)")),
+    "lengths of another batch": Wrong({"query_seq_lengths": ints(3)}, ValueError, ("`query_seq_lengths`", "[B] = [2]", "(3,)", "each batch element")),
+    "one length for all": Wrong({"key_value_seq_lengths": 3}, ValueError, ("`key_value_seq_lengths`", "[B] = [2]", "()", "each batch element")),
+    "bool offset": Wrong({"query_offset": True}, TypeError, ("`query_offset`", "int32", "bool", "astype(jnp.int32)")),
+    "float offset": Wrong({"query_offset": 1.5}, TypeError, ("`query_offset`", "int32", "float32", "astype(jnp.int32)")),
+    "offset of another batch": Wrong({"query_offset": ints(3)}, ValueError, ("`query_offset`", "[1 or B] = [1|2]", "(3,)", "one for each batch element")),
+    "far offset": Wrong({"query_offset": 2**30}, ValueError, ("`query_offset`", "+-2^30", "1073741824", "Subtract a common origin")),
+    "offset and positions": Wrong({"query_offset": 2, "query_positions": ints(T)}, ValueError, ("`query_offset`", "exclude each other", "got both", "Add the offset")),
+    "offset array and key positions": Wrong({"query_offset": ints(), "key_positions": ints(S)}, ValueError, ("`key_positions`", "exclude each other", "got both", "leave the positions out")),
+    "positions of another length": Wrong({"query_positions": ints(S)}, ValueError, ("`query_positions`", "[T] = [5] or [1 or B, T]", "(7,)", "one position for each place")),
+    "positions per key head": Wrong({"key_positions": ints(B, K, S)}, ValueError, ("`key_positions`", "[1 or B, 1 or N, S] = [1|2, 1|4, 7]", "(2, 2, 7)", "one position")),
+    "float positions": Wrong({"key_positions": floats(S)}, TypeError, ("`key_positions`", "int32", "float32", "astype(jnp.int32)")),
+    "16-bit positions": Wrong({"key_positions": jnp.zeros(S, jnp.int16)}, TypeError, ("`key_positions`", "int32", "int16", "astype(jnp.int32)")),
+    "far positions": Wrong({"query_positions": np.full(T, -(2**31))}, ValueError, ("`query_positions`", "+-2^30", "-2147483648", "Subtract a common origin")),
+    "query ids alone": Wrong({"query_segment_ids": ints(B, T)}, ValueError, ("`key_segment_ids`", "given with `query_segment_ids`", "None", "same ids twice")),
+    "key ids alone": Wrong({"key_segment_ids": ints(B, S)}, ValueError, ("`query_segment_ids`", "given with `key_segment_ids`", "None", "same ids twice")),
+    "ids of one batch element": Wrong({"query_segment_ids": ints(T), "key_segment_ids": ints(S)}, ValueError, ("`query_segment_ids`", "[B, T] = [2, 5]", "(5,)", "batch axes written out")),
+    "float ids": Wrong({"query_segment_ids": floats(B, T), "key_segment_ids": ints(B, S)}, TypeError, ("`query_segment_ids`", "int32", "float32", "astype(jnp.int32)")),
+    "huge ids": Wrong({"query_segment_ids": np.full((B, T), 2**40), "key_segment_ids": np.zeros((B, S), int)}, ValueError, ("`query_segment_ids`", "fit int32", "1099511627776", "Number from 0")),
+    # normalizer and what is announced only
+    "normalizer is a class": Wrong({"normalizer": Softmax}, TypeError, ("`normalizer`", "Softmax()", "the class Softmax", "Leave it out")),
+    "normalizer is None": Wrong({"normalizer": None}, TypeError, ("`normalizer`", "Softmax()", "None", "Leave it out")),
+    "entmax": Wrong({"normalizer": Entmax()}, NotImplementedError, ("`normalizer`", "alpha-entmax", "Entmax", "Use Softmax()")),
+    "Co-ALiBi": Wrong({"bias": CoALiBi()}, NotImplementedError, ("`bias`", "Contextual ALiBi", "CoALiBi", "Use Softmax()")),
+    "forget gate": Wrong({"bias": ForgetGate(floats(B, S, N))}, NotImplementedError, ("`bias`", "forget gate", "ForgetGate", "Use Softmax()")),
+    "soft cap": Wrong({"logits_soft_cap": 30.0}, NotImplementedError, ("`logits_soft_cap`", "not implemented", "30.0", "Leave it None")),
+    "soft cap of 0": Wrong({"logits_soft_cap": 0.0}, ValueError, ("`logits_soft_cap`", "> 0", "0.0", "None caps nothing")),
+    "dropout": Wrong({"dropout_rate": 0.1}, NotImplementedError, ("`dropout_rate`", "not implemented", "0.1", "Leave it 0.0")),
+    "dropout of 1": Wrong({"dropout_rate": 1.0}, ValueError, ("`dropout_rate`", "0 <= rate < 1", "1.0", "0.0 drops nothing")),
+    "traced dropout": Wrong({"dropout_rate": floats()}, TypeError, ("`dropout_rate`", "a Python number", "array of float32", "static")),
+    # how it is computed
+    "unknown precision": Wrong({"precision": "best"}, ValueError, ("`precision`", "jax.lax.Precision", "'best'", "share one precision")),
+    "two precisions": Wrong({"precision": ("high", "default")}, ValueError, ("`precision`", "jax.lax.Precision", "('high', 'default')", "share one precision")),
+    "unknown implementation": Wrong({"implementation": "cudnn"}, ValueError, ("`implementation`", "'triton', 'triton_interpret', 'xla', 'reference'", "'cudnn'", "None chooses")),
+    "one unknown implementation of two": Wrong({"implementation": ("xla", "flash")}, ValueError, ("`implementation`", "several of them", "'flash'", "None chooses")),
+    "no implementation": Wrong({"implementation": ()}, ValueError, ("`implementation`", "one of", "''", "None chooses")),
+    "implementation is a number": Wrong({"implementation": 3}, TypeError, ("`implementation`", "one of", "3", "None chooses")),
+    "wide heads in kernels": Wrong({**qkv(v=(B, S, K, 257)), "implementation": "triton_interpret"}, NotImplementedError, ("`implementation`", "at most 256", "h = 257", "None, or a sequence with 'xla'")),
+    "config is a dict": Wrong({"config": {"prune": False}}, TypeError, ("`config`", "a Config", "a dict", "Config(forward=Block(64, 64))")),
+    "a tuple for a block": Wrong({"config": Config(rows=(64, 64))}, TypeError, ("`config.rows`", "a Block or None", "a tuple", "Block(block_q")),  # pyright: ignore[reportArgumentType]
+    "block of 48": Wrong(block(block_q=48), ValueError, ("`config.forward.block_q`", "power of two, at least 16", "48", "shipped choice")),
+    "block of 8": Wrong(block(block_k=8), ValueError, ("`config.forward.block_k`", "power of two, at least 16", "8", "shipped choice")),
+    "three warps": Wrong(block(num_warps=3), ValueError, ("`config.forward.num_warps`", "1, 2, 4, 8 or 16", "3", "shipped choice")),
+    "no stages": Wrong(block(num_stages=0), ValueError, ("`config.forward.num_stages`", "at least 1", "0", "shipped choice")),
+    "fractional block": Wrong(block(block_q=64.0), TypeError, ("`config.forward.block_q`", "power of two", "64.0", "static")),
+    "prune is None": Wrong({"config": Config(prune=None)}, TypeError, ("`config.prune`", "True or False", "None", "static")),  # pyright: ignore[reportArgumentType]
+}
+# fmt: on
+
+
+def arguments(wrong):
+    return {**qkv(), **wrong.change}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Nothing may be computed: no implementation is reached."""
+
+    def fail(name):
+        raise AssertionError(f"{name} was reached")
+
+    monkeypatch.setattr(api, "attend_of", fail)
+
+
+def wrongly(calls):
+    return pytest.mark.parametrize("wrong", calls.values(), ids=list(calls))
+
+
+def check(wrong, call):
+    with pytest.raises(wrong.error) as raised:
+        call()
+    message = str(raised.value)
+    missing = [part for part in wrong.says if part not in message]
+    assert not missing, message
+
+
+@wrongly(WRONG)
+def test_a_wrong_call_says_what_is_wrong(wrong, launched):
+    check(wrong, lambda: dot_product_attention(**arguments(wrong)))
+
+
+@wrongly(WRONG)
+def test_a_wrong_call_says_so_when_traced(wrong, launched):
+    given = arguments(wrong)
+    traced = {name: x for name, x in given.items() if _all_arrays(x)}
+    static = {name: x for name, x in given.items() if name not in traced}
+    call = lambda traced: dot_product_attention(**traced, **static)
+    check(wrong, lambda: jax.eval_shape(call, traced))
+
+
+@wrongly({id: x for id, x in WRONG.items() if "return_residual" not in x.change})
+def test_visited_makes_the_same_checks(wrong, launched):
+    check(wrong, lambda: visited(**arguments(wrong)))
+
+
+def test_several_leading_axes_are_spelled_one_by_one(launched):
+    given = qkv((3, B, T, N, H), (3, B, S, K, H), (3, B, S, K, h))
+    says = (
+        "[1 or B1, 1 or B2, 1 or N, 1 or T, 1 or S] = [1|3, 1|2, 1|4, 1|5, 1|7]",
+        "(2, 2, 1, 5, 7)",
+    )
+    bias = floats(2, B, 1, T, S)
+    check(
+        Wrong({}, ValueError, says), lambda: dot_product_attention(**given, bias=bias)
+    )
+
+
+def test_no_leading_axis_is_not_spelled(launched):
+    given = qkv((T, N, H), (S, K, H), (S, K, h))
+    says = ("`bias.k_factor`", "[S, 1 or N, ...] = [7, 1|4, ...]", "(1, 7, 4, 3)")
+    bias = factored((T, N, 3), (1, S, N, 3))
+    check(
+        Wrong({}, ValueError, says), lambda: dot_product_attention(**given, bias=bias)
+    )
+
+
+def test_float64_runs_in_xla_and_reference_only(launched):
+    with jax.enable_x64(True):
+        given = qkv(dtypes=("float64",) * 3)
+        says = ("`implementation`", "computes in float32", "float64", "'xla'")
+        check(
+            Wrong({}, NotImplementedError, says),
+            lambda: dot_product_attention(**given, implementation="triton_interpret"),
+        )
+
+
+def _all_arrays(x):
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
