@@ -139,27 +139,36 @@ def _measure(
     return dataclasses.replace(
         result,
         timings=timings,
-        temporaries={name: temporaries_mib(programs[name]) for name in calls},
+        temporaries={
+            name: found
+            for name in calls
+            if (found := temporaries_mib(programs[name])) is not None
+        },
         errors=errors,
         visited=numbers("visited", lambda: inputs),
-        roofline=_peak_shares(case, timings),
+        roofline=_roofline(case, timings),
         failures=failures,
     )
 
 
-def temporaries_mib(compiled: jax.stages.Compiled) -> float:
-    """Temporary memory of a program: beside its operands and results."""
+def temporaries_mib(compiled: jax.stages.Compiled) -> float | None:
+    """Memory of a program beside its operands and results; None if it is not said."""
     analysis: Any = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes / MIB
+    return None if analysis is None else analysis.temp_size_in_bytes / MIB
 
 
-def _peak_shares(case: Case, timings: Mapping[str, timing.Timing]) -> dict[str, float]:
+def _roofline(
+    case: Case, timings: Mapping[str, timing.Timing]
+) -> dict[str, dict[str, float]]:
     device = roofline.device(jax.devices()[0].device_kind)
     if device is None:
         return {}
-    works = {"forward": roofline.forward, "both": roofline.both}
+    works = {"forward": roofline.forward(case), "both": roofline.both(case)}
     return {
-        name: work(case).peak_share(device, timings[f"ours {name}"].median)
+        name: {
+            "floor_ms": work.floor_ms(device),
+            "peak_share": work.peak_share(device, timings[f"ours {name}"].median),
+        }
         for name, work in works.items()
         if f"ours {name}" in timings
     }

@@ -24,8 +24,8 @@ class Result:
         errors: By side, "ours" and "peer": the relative error by leaf, on a few heads.
         truth: In what the errors' reference was computed.
         visited: The mean share of visible blocks that each pass visits.
-        roofline: "forward" and "both": our share of the device's peak; absent where the
-            device is unknown.
+        roofline: For "forward" and "both" the least milliseconds if every visible block
+            is visited, and our share of the device's peak; empty for unknown devices.
         failures: By program, why it has no result.
     """
 
@@ -39,7 +39,7 @@ class Result:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     truth: str = ""
     visited: dict[str, float] = field(default_factory=dict)
-    roofline: dict[str, float] = field(default_factory=dict)
+    roofline: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @staticmethod

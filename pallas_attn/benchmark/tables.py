@@ -45,7 +45,7 @@ def cells(result: Result) -> tuple[str, ...]:
         " ".join(f"{seen[name]:.2f}" for name in ("forward", "rows", "cols"))
         if seen
         else "-",
-        " ".join(f"{share:.0%}" for share in result.roofline.values()) or "-",
+        " ".join(f"{x['peak_share']:.0%}" for x in result.roofline.values()) or "-",
     )
 
 

@@ -19,8 +19,9 @@ Name = TypeVar("Name")
 # One repeat on a GPU is a run of calls of about this length: long beside the clock's
 # and the queue's own time, short beside the changes of a device's frequency.
 RUN_SECONDS = 0.04
-# Beside a slow program the number of repeats falls, to no less than LEAST_REPEATS.
-REPEATS, LEAST_REPEATS, SECONDS = 11, 3, 20.0
+# Beside a slow program the number of repeats falls, to no less than LEAST_REPEATS; one
+# that takes longer than LONG_SECONDS runs once.
+REPEATS, LEAST_REPEATS, SECONDS, LONG_SECONDS = 11, 3, 20.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def interleaved(
     first: dict[Name, float] = {}
     for name, call in calls.items():
         try:
-            _run(call, 1)
+            warm_up = _run(call, 1)
+            if warm_up > LONG_SECONDS:
+                results[name] = summary([warm_up], 1, 0.0)
+                continue
             first[name] = _run(call, 3 if queued else 1) / (3 if queued else 1)
         except Exception as error:
             results[name] = Failure.of(error)
