@@ -22,7 +22,7 @@ from pallas_attn.kernels.forward import (
     query_tile,
     reach_of,
     report,
-    without_weight,
+    weightless,
 )
 from pallas_attn.kernels.plan import Plan, block_of, grid_of
 from pallas_attn.kernels.terms import (
@@ -73,6 +73,7 @@ def weights_and_ds(
 
     s = dots(t, q, k, *factors)
     row, rest = parts(terms, t)
+    rest = weightless(rest, len(terms) + len(factors[0]) > 1)
     minus = t.along_q(lse) - row * LOG2E
     full = [r for r in rest if r.shape == t.shape]
     dp = dp_dot() if full else None
@@ -84,8 +85,6 @@ def weights_and_ds(
         e = e + (functools.reduce(jnp.add, [r * LOG2E for r in full]) - minus)
     else:
         e = e - minus
-    for hidden in without_weight(rest, len(terms) + len(factors[0]) > 1):
-        e = jnp.where(hidden, -jnp.inf, e)
     visible = t.visible
     if visible is not None:
         e = jnp.where(visible, e, -jnp.inf)

@@ -111,9 +111,11 @@ def dots(t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]) -> jax.Array:
     return s
 
 
-def without_weight(rest: list[jax.Array], several: bool) -> list[jax.Array]:
-    """Where a term of several alone says that a key has no weight."""
-    return [r <= NO_WEIGHT for r in rest] if several else []
+def weightless(rest: list[jax.Array], several: bool) -> list[jax.Array]:
+    """Parts of a score; of several terms, each alone can take a key's weight away."""
+    if not several:  # one term's -1e30 is the score's own
+        return rest
+    return [jnp.where(r <= NO_WEIGHT, -jnp.inf, r) for r in rest]
 
 
 def forward_kernel(
@@ -135,12 +137,10 @@ def forward_kernel(
         """(x, row, visible): the scores x + row in units of q.k."""
         x = dots(t, q, t.keys(ops.k), qs, [t.keys(b) for _, b in products])
         row, rest = parts(on_tile(ops.added, t, held), t)
-        for r in rest:
+        for r in weightless(rest, several):
             # Not `+ r`: that would become the dot's accumulator, whose load Triton does
             # not pipeline.
             x = x - r * -inverse
-        for hidden in without_weight(rest, several):
-            x = jnp.where(hidden, -jnp.inf, x)
         visible = t.visible
         if visible is not None:
             x = jnp.where(visible, x, -jnp.inf)
