@@ -159,7 +159,7 @@ CASES = (
     ),
     Case(
         name="alibi-gqa-8k",
-        origin="Llama 3 8B (arXiv 2407.21783): 32 heads, 8 key heads, 8K context",
+        origin="no benchmark's: heads and length as in Llama 3 8B (arXiv 2407.21783)",
         B=1,
         N=32,
         K=8,
@@ -227,7 +227,7 @@ CASES = (
     ),
     Case(
         name="factored-h64",
-        origin=f"{FLASH_BIAS}; twice its heads, head dim, rank and length",
+        origin=f"{FLASH_BIAS}; twice its heads, head dim and rank",
         B=2,
         N=8,
         T=8192,
@@ -249,7 +249,7 @@ CASES = (
     ),
     Case(
         name="factored-h64-float32",
-        origin=f"{FLASH_BIAS}; twice its sizes, with float32 factors",
+        origin=f"{FLASH_BIAS}; twice its heads, head dim and rank, float32 factors",
         B=2,
         N=8,
         T=8192,
@@ -271,7 +271,7 @@ CASES = (
     ),
     Case(
         name="cpu-alibi",
-        origin="a small model on a laptop",
+        origin="no system's: what two CPU threads do in about a second",
         B=1,
         N=8,
         T=2048,
@@ -285,7 +285,7 @@ CASES = (
     ),
     Case(
         name="cpu-dense",
-        origin="a small model on a laptop",
+        origin="no system's: what two CPU threads do in about a second",
         B=1,
         N=8,
         T=2048,
