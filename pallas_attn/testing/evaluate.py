@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_attn.api import dot_product_attention
 from pallas_attn.config import Block, Config
+from pallas_attn.implementations import current_device, resolve
 from pallas_attn.testing.cases import Case, Sample
 from pallas_attn.testing.lowering import Kernel, lower
 
@@ -24,6 +25,21 @@ SMALL = Config(
     cols=Block(32, 32),
     tiles=Block(16, 16),
 )
+
+
+# float32 laws hold at IEEE products: the default of a GPU is TF32.
+EXACT = {"precision": jax.lax.Precision.HIGHEST}
+
+
+def kernel_implementation() -> str:
+    """The kernels as this machine can run them: compiled on a GPU, else interpreted."""
+    choice = resolve(None, current_device(), dtype="float32", H=16, h=16)
+    return "triton" if choice.name == "triton" else "triton_interpret"
+
+
+def implementations() -> tuple[str, ...]:
+    """What the laws hold for, beside the reference that they compare with."""
+    return ("xla", kernel_implementation())
 
 
 def attention(settings: dict[str, Any], **options: Any) -> Callable[..., Any]:
@@ -82,13 +98,18 @@ def truth(sample: Sample, *, residual: bool = True) -> Any:
     The operands are those of the sample: what a 16-bit sample is judged by is the
     meaning of its rounded numbers.
     """
-    with jax.enable_x64(True):
-        operands, cotangents = jax.tree.map(_wide, (sample.operands, sample.cotangents))
-        evaluate = with_gradients(
-            sample.settings, residual=residual, implementation="reference"
-        )
-        found = jax.jit(evaluate)(operands, sample.conditions, cotangents)
-        return jax.tree.map(np.asarray, found)
+    evaluate = with_gradients(
+        sample.settings, residual=residual, implementation="reference"
+    )
+    return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
+
+
+@functools.cache
+def true_values(case: Case) -> Any:
+    """(output, lse) of a case's sample in float64."""
+    sample = case.sample()
+    attend = attention(sample.settings, implementation="reference")
+    return _in_float64(attend, sample.operands, sample.conditions)
 
 
 @functools.cache
@@ -109,5 +130,14 @@ def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]
     )
 
 
-def _wide(x: Any) -> Any:
-    return jnp.asarray(np.asarray(x).astype(np.float64))
+def _in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
+    """F of the arguments with floats as float64.
+
+    Not jitted: cases share most operations, which JAX compiles once each.
+    """
+
+    def wide(x: Any) -> Any:
+        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, f(*jax.tree.map(wide, arguments)))

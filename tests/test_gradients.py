@@ -1,0 +1,135 @@
+"""Every gradient is that of the dense reference in float64."""
+
+import chex
+import jax
+import pytest
+
+import pallas_attn
+from pallas_attn.bias.base import as_bias
+from pallas_attn.canonical import canonical
+from pallas_attn.reference.attention import attend_with_written_backward
+from pallas_attn.testing.cases import Case, cases, KINDS
+from pallas_attn.testing.evaluate import (
+    EXACT,
+    gradients,
+    implementations,
+    SMALL,
+    true_gradients,
+    truth,
+)
+from pallas_attn.testing.numerics import (
+    assert_formula,
+    assert_rounding,
+    assert_zero,
+    GRADIENT_RATIO,
+)
+
+
+everywhere = pytest.mark.parametrize("implementation", implementations())
+# the log-sum-exp has a cotangent in every other case
+residuals = [(case, place % 2 == 0) for place, case in enumerate(cases())]
+
+
+@everywhere
+@pytest.mark.parametrize(("case", "residual"), residuals, ids=str)
+def test_float32_is_exact(case, residual, implementation):
+    sample = case.sample()
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    _, got = gradients(sample, residual=residual, **options)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, sample.operands)
+    assert_formula(got, true_gradients(case, residual)[1])
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bias", KINDS)
+def test_16_bits_round_like_jax_nn(bias, dtype, implementation):
+    case = Case(bias, "causal").at(dtype=dtype)
+    sample = case.sample()
+    options = {"implementation": implementation, "config": SMALL}
+    _, got = gradients(sample, residual=False, **options)
+    chex.assert_trees_all_equal_dtypes(got, sample.operands)
+    peer = jax.jit(jax_nn_gradients)(sample.operands, sample.cotangents[0])
+    assert_rounding(got, peer, true_gradients(case, False)[1], GRADIENT_RATIO)
+
+
+@pytest.mark.parametrize("bias", KINDS)
+def test_the_written_backward_is_that_of_autodiff(bias):
+    """The third side of the triangle: the algebra that the kernels compute, densely."""
+    sample = Case(bias, "causal lengths GQA").sample()
+    want = truth(sample)
+
+    def written(operands):
+        given = canonical(**operands, **sample.conditions, **DEFAULTS)
+        return attend_with_written_backward(*given[:6])
+
+    with jax.default_matmul_precision("highest"):
+        found, pullback = jax.vjp(written, sample.operands)
+    assert_formula((found, pullback(sample.cotangents)[0]), want)
+
+
+@everywhere
+@pytest.mark.parametrize("form", ["BNT1", "1N11", "11T1", "1111"])
+def test_what_shifts_a_row_has_no_gradient(form, implementation):
+    """Exactly none from the kernels; the rounding of a sum of zero from "xla"."""
+    sample = Case(f"dense-{form}", "lengths").sample()
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    _, got = gradients(sample, residual=False, **options)
+    if implementation != "xla":
+        assert_zero(got["bias"])
+    assert_formula(got["bias"], truth(sample, residual=False)[1]["bias"])
+
+
+@everywhere
+@pytest.mark.parametrize("bias", ["none", "sum"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias"])
+def test_one_operand_alone(name, bias, implementation):
+    """The gradient of one operand is the same whoever else wants one."""
+    sample = Case(bias, "causal GQA").sample()
+    if not jax.tree.leaves(sample.operands[name]):
+        return
+    attend = lambda operand: pallas_attn.dot_product_attention(
+        **{**sample.operands, name: operand},
+        is_causal=True,
+        implementation=implementation,
+        config=SMALL,
+        **EXACT,
+    )
+    pull = lambda x, do: jax.vjp(attend, x)[1](do)[0]
+    got = jax.jit(pull)(sample.operands[name], sample.cotangents[0])
+    assert_formula(got, true_gradients(Case(bias, "causal GQA"), False)[1][name])
+
+
+# what `canonical` needs beside the operands and conditions of a causal call
+DEFAULTS = {
+    "mask": None,
+    "scale": None,
+    "is_causal": True,
+    "local_window_size": None,
+    "query_offset": 0,
+    "query_positions": None,
+    "key_positions": None,
+    "query_segment_ids": None,
+    "key_segment_ids": None,
+    "normalizer": pallas_attn.Softmax(),
+    "logits_soft_cap": None,
+    "dropout_rate": 0.0,
+    "precision": None,
+    "implementation": "reference",
+    "config": None,
+}
+
+
+def jax_nn_gradients(operands, do):
+    """Gradients of `jax.nn`'s attention, causal, through the bias as an array."""
+
+    def attend(operands):
+        query, key, value, bias = (
+            operands[name] for name in ("query", "key", "value", "bias")
+        )
+        rows = jax.numpy.arange(query.shape[1], dtype="int32")
+        cols = jax.numpy.arange(key.shape[1], dtype="int32")
+        added = as_bias(bias).materialise(rows, cols).astype(query.dtype)
+        return jax.nn.dot_product_attention(query, key, value, added, is_causal=True)
+
+    return jax.vjp(attend, operands)[1](do)[0]

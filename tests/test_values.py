@@ -1,0 +1,97 @@
+"""Outputs and log-sum-exps are those of the dense reference in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_attn
+from pallas_attn.bias.base import as_bias
+from pallas_attn.testing.cases import Case, cases, KINDS
+from pallas_attn.testing.evaluate import (
+    EXACT,
+    implementations,
+    SMALL,
+    true_values,
+    values,
+)
+from pallas_attn.testing.numerics import (
+    assert_formula,
+    assert_rounding,
+    assert_same_bits,
+    OUTPUT_RATIO,
+)
+
+
+everywhere = pytest.mark.parametrize("implementation", implementations())
+
+
+@everywhere
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_float32_is_exact(case, implementation):
+    got = values(case.sample(), implementation=implementation, config=SMALL, **EXACT)
+    assert_formula(got, true_values(case))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bias", KINDS)
+def test_16_bits_round_like_jax_nn(bias, dtype, implementation):
+    case = Case(bias, "causal").at(dtype=dtype)
+    sample = case.sample()
+    got, _ = values(sample, implementation=implementation, config=SMALL)
+    assert got.dtype == dtype
+    peer = jax.jit(jax_nn)(sample.operands)
+    want, _ = true_values(case)
+    assert_rounding(got, peer, want, OUTPUT_RATIO)
+
+
+@everywhere
+@pytest.mark.parametrize("bias", KINDS)
+def test_float32_agrees_with_jax_nn(bias, implementation):
+    """The reference shares its handling of arguments with us; `jax.nn` does not."""
+    sample = Case(bias, "causal").sample()
+    got, _ = values(sample, implementation=implementation, config=SMALL, **EXACT)
+    with jax.default_matmul_precision("highest"):
+        assert_formula(got, jax.jit(jax_nn)(sample.operands))
+
+
+@everywhere
+@pytest.mark.parametrize("bias", ["none", "dense", "factored", "alibi"])
+@pytest.mark.parametrize("leading", [(), (2, 3), (1, 2, 1)], ids=str)
+def test_any_number_of_leading_axes(leading, bias, implementation):
+    batch = int(np.prod(leading, dtype=int))
+    sample = Case(bias, "causal").at(B=batch).sample()
+    attend = lambda **arrays: pallas_attn.dot_product_attention(
+        **arrays, is_causal=True, implementation=implementation, config=SMALL, **EXACT
+    )
+    flat = jax.jit(attend)(**sample.operands)
+
+    def led(x):
+        return x.reshape(*leading, *x.shape[1:]) if x.ndim > 1 else x
+
+    got = jax.jit(attend)(**jax.tree.map(led, sample.operands))
+    assert got.shape == (*leading, *flat.shape[1:])
+    assert_same_bits(got.reshape(flat.shape), flat)
+
+
+@everywhere
+def test_float64_inputs_of_a_process_with_x64_are_refused_or_exact(implementation):
+    """With jax_enable_x64 on, float32 operands give the same bits as without."""
+    sample = Case("sum", "lengths").sample()
+    run = lambda: values(sample, implementation=implementation, config=SMALL, **EXACT)
+    before = run()
+    with jax.enable_x64(True):
+        after = run()
+    assert_same_bits(after, before)
+
+
+def jax_nn(operands):
+    """`jax.nn` with the bias as an array; causal."""
+    query, key, value, bias = (
+        operands[name] for name in ("query", "key", "value", "bias")
+    )
+    rows = jnp.arange(query.shape[1], dtype=jnp.int32)
+    cols = jnp.arange(key.shape[1], dtype=jnp.int32)
+    added = as_bias(bias).materialise(rows, cols).astype(query.dtype)
+    return jax.nn.dot_product_attention(query, key, value, added, is_causal=True)
