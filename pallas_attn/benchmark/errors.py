@@ -3,9 +3,10 @@
 A whole case at twice its precision would take longer than all the timing. Attention
 treats each key head and its query heads alone, so a few heads of the timed result are
 compared with the same heads computed from the same inputs: in float32 at HIGHEST
-precision for 16-bit inputs, in float64 for float32 ones, by the implementation "xla" (so
-where that is what is timed, the error is of its rounding alone). Of the batch the first entry
-is taken, or all of it where a bias is shared over it and its gradient is a sum.
+precision for 16-bit inputs, in float64 for float32 ones, by the implementation "xla".
+(Where that is what is timed, the error is of its rounding alone.) Of the batch the
+first entry is taken, or all of it where a bias is shared over it and its gradient is a
+sum.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ METHOD = (
 )
 ERRORS = (
     "errors: norm(x - truth) / norm(truth) of the first and last key heads (of the "
-    "first batch entry, or of all where a bias is shared), the truth by our xla at twice "
-    "the precision (float32 HIGHEST or float64); a peer without a bias against its own truth"
+    "first batch entry, or of all where a bias is shared), the truth by our xla at "
+    "twice the precision (float32 HIGHEST or float64); a peer without a bias against "
+    "its own truth"
 )
 PACKAGES = (
     "jax",
