@@ -91,7 +91,7 @@ class Arrays(Bias):
 class NoTuple(Bias):
     slopes: Any = head_home()
 
-    def expand(self):
+    def expand(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return ALiBi(self.slopes)
 
 

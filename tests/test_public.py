@@ -1,0 +1,144 @@
+"""What the package exports, what it says of itself, and what importing it costs."""
+
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import pallas_attn
+from pallas_attn import Bias, dot_product_attention, Softmax, visited
+from pallas_attn.testing.evaluate import kernel_implementation
+
+
+PUBLIC = [
+    "ALiBi",
+    "Bias",
+    "Block",
+    "Config",
+    "DenseBias",
+    "FactoredBias",
+    "Softmax",
+    "alibi_slopes",
+    "dot_product_attention",
+    "head_home",
+    "key_home",
+    "linear_alibi_slopes",
+    "pair_home",
+    "query_home",
+    "visited",
+]
+FUNCTIONS = ["alibi_slopes", "dot_product_attention", "linear_alibi_slopes", "visited"]
+
+SIGNATURE = """
+    query, key, value, bias=None, mask=None, *,
+    scale=None, is_causal=False,
+    query_seq_lengths=None, key_value_seq_lengths=None, local_window_size=None,
+    query_offset=0, query_positions=None, key_positions=None,
+    query_segment_ids=None, key_segment_ids=None,
+    normalizer=Softmax(), logits_soft_cap=None, dropout_rate=0.0, dropout_rng=None,
+    precision=None, implementation=None, config=None, return_residual=False
+"""
+
+# Runs in a fresh interpreter: seconds of `import pallas_attn` after `import jax`, and
+# which of the packages that it must do without it has loaded.
+IMPORT = """
+import json, sys, time
+import jax
+start = time.perf_counter()
+import pallas_attn
+seconds = time.perf_counter() - start
+heavy = {"chex", "flax", "jax_triton", "matplotlib", "optax", "triton"}
+print(json.dumps([seconds, sorted(heavy & set(sys.modules))]))
+"""
+
+
+def test_exports_are_the_public_names():
+    modules = {name for name, x in vars(pallas_attn).items() if inspect.ismodule(x)}
+    found = {name for name in vars(pallas_attn) if not name.startswith("_")}
+    assert sorted(found - modules) == PUBLIC
+
+
+def test_the_signature_is_the_contract():
+    found = inspect.signature(dot_product_attention).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in found]
+    assert str(inspect.Signature(bare))[1:-1].split() == SIGNATURE.split()
+
+
+def test_visited_takes_the_same_arguments():
+    theirs = dict(inspect.signature(dot_product_attention).parameters)
+    del theirs["return_residual"]
+    assert dict(inspect.signature(visited).parameters) == theirs
+
+
+def test_arguments_are_a_superset_of_those_of_jax_nn():
+    ours = inspect.signature(dot_product_attention).parameters
+    theirs = inspect.signature(jax.nn.dot_product_attention).parameters
+    for name, parameter in theirs.items():
+        assert ours[name].kind == parameter.kind, name
+        assert ours[name].default == parameter.default, name
+    leading = [name for name, p in theirs.items() if p.kind != p.KEYWORD_ONLY]
+    assert list(ours)[: len(leading)] == leading
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_is(name):
+    said = getattr(pallas_attn, name).__doc__
+    first = said.strip().splitlines()[0]
+    assert first.endswith((".", ":"))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_shapes_errors_and_an_example(name):
+    said = getattr(pallas_attn, name).__doc__
+    assert "Returns:" in said
+    assert ">>> " in said
+    assert "Raises:" in said or "raises what it raises" in said
+    for parameter in inspect.signature(getattr(pallas_attn, name)).parameters:
+        assert name == "visited" or f" {parameter}: " in said, parameter
+
+
+@pytest.mark.parametrize("name", ["ALiBi", "DenseBias", "FactoredBias"])
+def test_biases_say_their_formula_and_the_shapes_of_their_fields(name):
+    said = getattr(pallas_attn, name).__doc__
+    assert said.startswith("b_ij = ")
+    for field in getattr(pallas_attn, name).__dataclass_fields__:
+        line = next(x for x in said.splitlines() if x.strip().startswith(f"{field}:"))
+        assert "[" in line
+
+
+def test_importing_is_cheap_and_needs_neither_flax_nor_triton():
+    runs = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", IMPORT],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+    assert [loaded for _, loaded in runs] == [[]] * 3
+    assert statistics.median(seconds for seconds, _ in runs) < 0.3
+
+
+def test_a_call_without_kernels_imports_no_kernel():
+    program = """
+import sys
+import jax.numpy as jnp
+import pallas_attn
+x = jnp.ones((3, 2, 4))
+pallas_attn.dot_product_attention(x, x, x, implementation="xla")
+assert not [name for name in sys.modules if "pallas.triton" in name], sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_names_of_this_machine_are_known():
+    assert kernel_implementation() in ("triton", "triton_interpret")
+    assert Softmax() == Softmax()
+    assert issubclass(pallas_attn.ALiBi, Bias)

@@ -1,0 +1,146 @@
+"""A bias is a value: a pytree with leaves by field name, an algebra, an identity."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_attn import (
+    ALiBi,
+    Bias,
+    Block,
+    Config,
+    DenseBias,
+    dot_product_attention,
+    FactoredBias,
+)
+from pallas_attn.bias.base import Sum
+from pallas_attn.testing.numerics import assert_same_bits
+
+
+T, S, N, H, R = 5, 7, 4, 8, 3
+
+BIASES = {
+    "dense": lambda: DenseBias(jnp.ones((N, T, S))),
+    "factored": lambda: FactoredBias(jnp.ones((T, N, R)), jnp.ones((S, 1, R))),
+    "alibi": lambda: ALiBi(jnp.ones(N)),
+    "sum": lambda: ALiBi(jnp.ones(N)) + DenseBias(jnp.ones((T, S))),
+}
+FIELDS = {
+    "dense": [".bias"],
+    "factored": [".q_factor", ".k_factor"],
+    "alibi": [".slopes"],
+    "sum": [".terms[0].slopes", ".terms[1].bias"],
+}
+every_bias = pytest.mark.parametrize("name", BIASES)
+
+
+def attend(qkv, bias):
+    query, key, value = qkv
+    return dot_product_attention(query, key, value, bias)
+
+
+def loss(bias, qkv):
+    return jnp.sum(attend(qkv, bias) ** 2)
+
+
+@pytest.fixture
+def qkv(getkey):
+    sizes = (T, N, H), (S, N, H), (S, N, H)
+    return tuple(jax.random.normal(getkey(), size) for size in sizes)
+
+
+@every_bias
+def test_leaves_go_by_field_name(name):
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(BIASES[name]()), strict=True)
+    assert [jax.tree_util.keystr(path) for path in paths] == FIELDS[name]
+
+
+@every_bias
+def test_a_gradient_is_a_value_of_the_same_class(name, qkv):
+    bias = BIASES[name]()
+    gradient = jax.grad(loss)(bias, qkv)
+    assert type(gradient) is type(bias)
+    chex.assert_trees_all_equal_structs(gradient, bias)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, bias)
+
+
+@every_bias
+def test_jax_may_rebuild_it_with_anything(name):
+    bias = BIASES[name]()
+    leaves, structure = jax.tree.flatten(bias)
+    for filler in (None, 0, "spec", jax.ShapeDtypeStruct((1,), jnp.float32)):
+        rebuilt = structure.unflatten([filler] * len(leaves))
+        assert type(rebuilt) is type(bias)
+    stacked = jax.vmap(lambda _: bias)(jnp.arange(2))
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(stacked))
+
+
+@every_bias
+def test_it_is_equal_to_itself_alone(name):
+    bias = BIASES[name]()
+    assert bias == bias
+    assert bias != BIASES[name]()
+    assert len({bias, bias}) == 1
+
+
+def test_sums_flatten_in_order():
+    a, b, c = (BIASES[name]() for name in ("dense", "factored", "alibi"))
+    for total in (a + b + c, a + (b + c), sum([a, b, c])):
+        assert isinstance(total, Sum)
+        assert total.terms == (a, b, c)
+
+
+@pytest.mark.parametrize("array", [np.ones, jnp.ones], ids=["numpy", "jax"])
+def test_an_array_in_a_sum_is_a_dense_bias(array):
+    alibi, pair = BIASES["alibi"](), array((T, S), "float32")
+    left, right = pair + alibi, alibi + pair
+    assert [type(x) for x in left.terms] == [DenseBias, ALiBi]
+    assert [type(x) for x in right.terms] == [ALiBi, DenseBias]
+
+
+@every_bias
+def test_a_sum_adds_the_terms(name, qkv):
+    bias, pair = BIASES[name](), jnp.full((T, S), 0.5)
+    first = attend(qkv, bias + pair)
+    assert_same_bits(attend(qkv, bias + DenseBias(pair)), first)
+    assert_same_bits(attend(qkv, sum([bias, DenseBias(pair)])), first)
+
+
+def test_an_array_is_a_dense_bias(qkv):
+    pair = jnp.ones((N, T, S)) * jnp.arange(S, dtype=jnp.float32)[None, None]
+    assert_same_bits(
+        attend(qkv, pair),
+        attend(qkv, DenseBias(pair)),
+    )
+    gradient = jax.grad(loss)(pair, qkv)
+    assert_same_bits(gradient, jax.grad(loss)(DenseBias(pair), qkv).bias)
+
+
+@every_bias
+def test_equal_shapes_are_traced_once(name, qkv):
+    chex.clear_trace_counter()
+    traced = jax.jit(chex.assert_max_traces(loss, n=1))
+    for scale in (1.0, 2.0, 3.0):
+        traced(jax.tree.map(lambda x, s=scale: x * s, BIASES[name]()), qkv)
+
+
+def test_a_config_is_a_static_argument(qkv):
+    chex.clear_trace_counter()
+
+    @functools.partial(jax.jit, static_argnames="config")
+    @chex.assert_max_traces(n=1)
+    def attend(config):
+        return dot_product_attention(*qkv, config=config)
+
+    assert_same_bits(attend(Config(Block(32, 32))), attend(Config(Block(32, 32))))
+
+
+def test_a_class_is_registered_by_subclassing():
+    class Shift(Bias):
+        shift: jax.Array
+
+    assert jax.tree.leaves(Shift(jnp.ones(2)))[0].shape == (2,)
