@@ -42,7 +42,7 @@ def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
     return functools.reduce(jnp.logical_and, conditions, everyone)
 
 
-def weighty(x: Array) -> Bool[Array, "..."]:
+def weighty(x: Array) -> Bool[Array, "*axes"]:
     """Whether a logit or a term's own value leaves a key any weight; NaN does."""
     return ~(x <= NO_WEIGHT)
 

@@ -2,12 +2,15 @@
 
 `lax.map` over `jax.checkpoint`-ed chunks of query rows. JAX differentiates it, twice
 too and in forward mode; a backward keeps no scores but computes each chunk's again.
+Operands of 16 bits are widened first: their products are exact, and what many chunks
+add to the gradient of one key is summed in float32 and rounded once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, homes, Region
-from pallas_attn.call import Call, positions, Visibility
-from pallas_attn.visible import allowed, seen, seen_added, weighty
-
-
-ROWS = 128  # query rows of a chunk
+from pallas_attn.call import Call, Visibility
+from pallas_attn.visible import allowed, seen_added, weighty
+from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
 
 def attend(
@@ -30,107 +31,126 @@ def attend(
     visibility: Visibility,
     call: Call,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Attention of every query; see `reference.attention.attend`."""
-    size = min(ROWS, call.T)
-    chunks = -(-call.T // size)
-    # the last chunk ends with the last row and may overlap the one before
-    starts = jnp.minimum(jnp.arange(chunks, dtype=jnp.int32) * size, call.T - size)
-    overlap = chunks * size - call.T
+    """Attention of every query; the function of `reference.attention.attend`."""
+    dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
+    plan = chunks(call, visibility, added)
+    hides = may_hide(call, visibility)
+    key, value = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (key, value))
+    added = _widened(added, dtype, once=plan.batch == call.B)
 
-    @jax.checkpoint
-    def chunk(start: Array) -> tuple[Array, Array]:
-        q, bias, seeing = _rows(query, added, visibility, call, start, size)
-        return _attend(q, key, value, bias, seeing, dataclasses.replace(call, T=size))
+    def run(keys: int, starts: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        small = dataclasses.replace(
+            call, B=plan.batch, T=plan.rows, S=keys, offset=None
+        )
 
-    def joined(x: Array) -> Array:
-        """[chunks, B, size, ...] as [B, T, ...]."""
-        first, last = x[:-1], x[-1][:, overlap:]
-        first = jnp.moveaxis(first, 0, 1).reshape(call.B, -1, *x.shape[3:])
-        return jnp.concatenate([first, last], axis=1)
+        @jax.checkpoint
+        def chunk(at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            sizes = (plan.batch, plan.rows, keys)
+            place = dict(zip("BTS", zip(at, sizes, strict=True), strict=True))
+            return _attend(
+                cut(query, "BTNH", place),
+                cut(key, "BKSH", place),
+                cut(value, "BKSh", place),
+                cut_added(added, place),
+                cut_visibility(visibility, call, place),
+                small,
+                hides,
+            )
 
-    output, lse = lax.map(chunk, starts)
-    return joined(output), joined(lse)
+        return lax.map(chunk, starts)
 
-
-def _rows(
-    query: Array,
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-    start: Array,
-    size: int,
-) -> tuple[Array, Added, Visibility]:
-    """The rows start..start + size of all that has rows."""
-
-    def cut(x: Array, axis: int) -> Array:
-        if x.shape[axis] != call.T or call.T == 1:
+    def joined(*parts: Array) -> Array:
+        """Each [batches, chunks, batch, rows, ...] as one [B, T, ...]."""
+        x = jnp.moveaxis(jnp.concatenate(parts, axis=1), 1, 2)
+        x = x.reshape(call.B, -1, *x.shape[4:])
+        if x.shape[1] == call.T:
             return x
-        return lax.dynamic_slice_in_dim(x, start, size, axis)
+        return jnp.concatenate([x[:, : call.T - plan.rows], x[:, -plan.rows :]], axis=1)
 
-    axes = {"query": 1, "pair": 2}
+    batches = jnp.arange(0, call.B, plan.batch, dtype=jnp.int32)
+    parts = []
+    for group in plan.groups:
+        grid = (batches.size, group.rows_from.size)
+        starts = (
+            jnp.broadcast_to(batches[:, None], grid).ravel(),
+            jnp.broadcast_to(group.rows_from[None, :], grid).ravel(),
+            jnp.broadcast_to(group.keys_from[None, :], grid).ravel(),
+        )
+        out = run(group.keys, starts)
+        parts.append(jax.tree.map(lambda x, g=grid: x.reshape(g + x.shape[1:]), out))
+    output, lse = jax.tree.map(joined, *parts)
+    return output.astype(query.dtype), lse
+
+
+def _widened(added: Added, dtype: Any, once: bool) -> Added:
+    """A bias in the dtype that sums its gradient, where several chunks add to it."""
+
+    def field(x: Array, home: str) -> Array:
+        # one value per pair is read by one chunk, unless batches share it
+        per_chunk = home == "pair" and x.shape[2] > 1 and (once or x.shape[0] > 1)
+        return x if per_chunk else x.astype(dtype)
+
     terms = tuple(
         dataclasses.replace(
-            term,
-            **{
-                name: cut(getattr(term, name), axes[home])
-                for name, home in homes(term).items()
-                if home in axes
-            },
+            term, **{n: field(getattr(term, n), h) for n, h in homes(term).items()}
         )
         for term in added.terms
     )
-    products = tuple((cut(a, 1), b) for a, b in added.products)
-    queries, keys = positions(call, visibility)
-    lengths = visibility.query_lengths
-    segments = visibility.query_segments
-    mask = visibility.mask
-    seeing = dataclasses.replace(
-        visibility,
-        offset=None,
-        query_positions=cut(queries, 2),
-        key_positions=keys,
-        query_lengths=None if lengths is None else lengths - start,
-        query_segments=None if segments is None else cut(segments, 1),
-        mask=None if mask is None else cut(mask, 2),
-    )
-    return cut(query, 1), Added(terms, products), seeing
+    return Added(terms, jax.tree.map(lambda x: x.astype(dtype), added.products))
 
 
 def _attend(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S h"],
     added: Added,
     visibility: Visibility,
     call: Call,
+    hides: bool,  # whether some key is seen by nobody
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Attention of one chunk."""
-    dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
+    """One chunk, as a small call with positions written out."""
     dot = functools.partial(
-        jnp.einsum, precision=call.precision, preferred_element_type=dtype
+        jnp.einsum, precision=call.precision, preferred_element_type=key.dtype
     )
-    queries, keys = positions(call, visibility)
-    region = Region(queries[..., :, None], keys[..., None, :], dtype)
-    q = query.reshape(call.B, call.T, call.K, call.G, call.H)
-    shape = (call.B, call.N, call.T, call.S)
+    places = allowed(call, visibility)
+    added = seen_added(places, added)
+    if hides:
+        read = _by_key_head(places, call).any(2)[..., None]  # [#B, #K, #S, 1]
+        key, value = jnp.where(read, key, 0), jnp.where(read, value, 0)
 
-    places = jnp.broadcast_to(allowed(call, visibility), shape)
-    by_key = places.reshape(call.B, call.K, call.G, call.T, call.S).any(2)
-    q = seen(places, query, "query").reshape(q.shape)
-    k, v = seen(by_key, key, "key"), seen(by_key, value, "key")
-    values = seen_added(places, added)
-    values = values.on(region)
-    t = call.scale * dot("BTKGH,BSKH->BKGTS", q, k).reshape(shape)
+    q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
+    unknown = ~jnp.isfinite(q).all(3, keepdims=True)
+    q = jnp.where(unknown, 0, q).reshape(call.B, call.K, -1, call.H)
+    scores = (call.B, call.N, call.T, call.S)
+    t = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(scores)
+    # a row's NaN meets its scores here: a product would spread it over gradients of
+    # keys even where a bias hides all of the row
+    t = t + jnp.where(unknown, jnp.nan, 0)
+
+    queries, keys = visibility.query_positions, visibility.key_positions
+    assert queries is not None
+    assert keys is not None
+    values = added.on(Region(queries[..., :, None], keys[..., None, :], key.dtype))
     t = sum(values, t)
     places = functools.reduce(jnp.logical_and, map(weighty, (t, *values)), places)
-    alive = places.any(3)
     t = jnp.where(places, t, -jnp.inf)
-    m = lax.stop_gradient(jnp.where(alive, t.max(3), 0))
-    e = jnp.exp(t - m[..., None])
-    l = jnp.where(alive, e.sum(3), 1)
-    e = e.reshape(call.B, call.K, call.G, call.T, call.S).astype(value.dtype)
-    o = dot("BKGTS,BSKh->BTKGh", e, v).reshape(call.B, call.T, call.N, call.h)
-    alive, l, m = (jnp.swapaxes(x, 1, 2) for x in (alive, l, m))
-    o = jnp.where(alive[..., None], o / l[..., None], 0)
+
+    m = lax.stop_gradient(t).max(3, keepdims=True)
+    m = jnp.where(m == -jnp.inf, 0, m)
+    e = jnp.exp(t - m)
+    l = e.sum(3, keepdims=True)
+    alive = l != 0  # of the largest score exp(0); NaN is alive
+    l = jnp.where(alive, l, 1)
+    o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
+    o = o.reshape(*scores[:3], call.h)
+    o = jnp.where(alive, o / l, 0).astype(query.dtype)
     lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
-    return o.astype(query.dtype), lse
+    return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def _by_key_head(places: Array, call: Call) -> Array:
+    """Places [#B, #N, ...] that any head of a group sees, [#B, #K, ...]."""
+    if places.shape[1] == 1:
+        return places
+    grouped = (places.shape[0], call.K, call.G, *places.shape[2:])
+    return places.reshape(grouped).any(2)

@@ -1,0 +1,178 @@
+"""How a call is cut into chunks: rows of queries, and the keys they may reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.call import Call, positions, Visibility
+
+
+# Scores of a chunk: small enough to stay in a CPU's cache, large enough to keep a
+# matrix product busy.
+BYTES = 4 * 2**20
+MOST_ROWS, LEAST_ROWS = 256, 32
+
+# Under causality early rows need few keys. Each group of rows with one number of keys
+# is a loop of its own: more groups save more work and cost more compilation and, in a
+# backward, one more set of key gradients.
+GROUPS = 4
+
+# The axes of a field with each home.
+AXES = {"head": "BN", "query": "BTN", "key": "BSN", "pair": "BNTS"}
+
+Place = Mapping[str, tuple[Any, int]]  # letter of an axis -> (start, size)
+
+
+class Group(NamedTuple):
+    """Successive chunks that read equally many keys; one loop runs over them."""
+
+    keys: int
+    rows_from: Int[np.ndarray, " chunks"]
+    keys_from: Int[np.ndarray, " chunks"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every chunk of a call; each has `batch` sequences and `rows` queries.
+
+    The last chunk of rows ends with the last query and may overlap the one before.
+    """
+
+    batch: int
+    rows: int
+    groups: tuple[Group, ...]
+
+
+def chunks(call: Call, visibility: Visibility, added: Added) -> Plan:
+    """Chunks whose scores fit `BYTES`: whole sequences if they do, else single ones."""
+    per_row = 4 * call.N * call.S
+    count = -(-call.T // min(MOST_ROWS, max(LEAST_ROWS, BYTES // per_row)))
+    rows = -(-call.T // count)
+    batch = max(1, min(call.B, BYTES // (per_row * rows)))
+    while call.B % batch:
+        batch -= 1
+    # the gradient of a bias with one value per pair is written in place by one loop;
+    # several would each make a whole one
+    limit = 1 if any(_per_pair(term, call) for term in added.terms) else GROUPS
+    return Plan(batch, rows, tuple(_groups(call, visibility, rows, limit)))
+
+
+def reach(
+    call: Call, visibility: Visibility
+) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+    """Keys first..stop that each query may see by causality and window.
+
+    All of them where positions are known only when the call runs.
+    """
+    queries = np.arange(call.T)
+    first, stop = np.zeros_like(queries), np.full_like(queries, call.S)
+    offset = _offset(call, visibility)
+    if offset is not None:
+        queries = queries + offset
+        if call.causal:
+            stop = queries + 1
+        if call.window is not None:
+            left, right = call.window
+            first, stop = queries - left, np.minimum(stop, queries + right + 1)
+    return np.clip(first, 0, call.S), np.clip(stop, 0, call.S)
+
+
+def may_hide(call: Call, visibility: Visibility) -> bool:
+    """Whether there may be a key that no query sees."""
+    arrays = dataclasses.replace(
+        visibility, offset=None, query_positions=None, key_positions=None
+    )
+    if arrays != Visibility():
+        return True
+    if _offset(call, visibility) is None:
+        return call.causal or call.window is not None
+    first, stop = reach(call, visibility)
+    change = np.zeros(call.S + 1, int)
+    np.add.at(change, first, 1)
+    np.add.at(change, np.maximum(first, stop), -1)
+    return bool((np.cumsum(change)[:-1] == 0).any())
+
+
+def _offset(call: Call, visibility: Visibility) -> int | None:
+    """The position of query 0, if it and all other positions are known when traced."""
+    implicit = visibility.offset is None and not visibility.placed
+    return call.offset if implicit else None
+
+
+def _per_pair(term: Bias, call: Call) -> bool:
+    """Whether a field of a term has one value for each query and key."""
+    pairs = (getattr(term, n) for n, home in homes(term).items() if home == "pair")
+    return any(x.shape[2] == call.T > 1 and x.shape[3] == call.S > 1 for x in pairs)
+
+
+def _groups(
+    call: Call, visibility: Visibility, rows: int, limit: int
+) -> Iterator[Group]:
+    """Runs of chunks that reach equally many keys, rounded up to S / limit."""
+    starts = np.minimum(np.arange(-(-call.T // rows)) * rows, call.T - rows)
+    first, stop = reach(call, visibility)
+    lo = np.array([first[t : t + rows].min() for t in starts])
+    hi = np.array([stop[t : t + rows].max() for t in starts])
+    step = -(-call.S // limit)
+    sizes = np.clip(-(-(hi - lo) // step), 1, limit) * step
+    for size, run in itertools.groupby(range(starts.size), key=lambda i: sizes[i]):
+        keys = min(int(size), call.S)
+        own = list(run)
+        keys_from = np.minimum(lo[own], call.S - keys)
+        yield Group(keys, starts[own].astype(np.int32), keys_from.astype(np.int32))
+
+
+def cut(x: Any, axes: str, place: Place) -> Any:
+    """The part of an array at a place; an axis of size 1 is shared by all places."""
+    if x is None:
+        return None
+    for axis, letter in enumerate(axes):
+        if letter in place and x.shape[axis] > 1:
+            x = lax.dynamic_slice_in_dim(x, *place[letter], axis)
+    return x
+
+
+def cut_added(added: Added, place: Place) -> Added:
+    """What a bias adds at a place."""
+    terms = tuple(
+        dataclasses.replace(
+            term,
+            **{
+                n: cut(getattr(term, n), AXES[h], place) for n, h in homes(term).items()
+            },
+        )
+        for term in added.terms
+    )
+    products = tuple(
+        (cut(a, AXES["query"], place), cut(b, AXES["key"], place))
+        for a, b in added.products
+    )
+    return Added(terms, products)
+
+
+def cut_visibility(visibility: Visibility, call: Call, place: Place) -> Visibility:
+    """Who may attend to whom at a place, positions written out."""
+    queries, keys = positions(call, visibility)
+
+    def lengths(x: Array | None, letter: str) -> Array | None:
+        return None if x is None else cut(x, "B", place) - place[letter][0]
+
+    mask: Bool[Array, "#B #N #T #S"] | None = visibility.mask
+    return Visibility(
+        query_positions=cut(queries, "BNT", place),
+        key_positions=cut(keys, "BNS", place),
+        query_lengths=lengths(visibility.query_lengths, "T"),
+        key_lengths=lengths(visibility.key_lengths, "S"),
+        query_segments=cut(visibility.query_segments, "BT", place),
+        key_segments=cut(visibility.key_segments, "BS", place),
+        mask=cut(mask, "BNTS", place),
+    )
