@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from pallas_attn.demo.training import Settings, Trained
 
 COLOURS = ("#0b6e99", "#c8553d")
 GREY = "#8a8a8a"
+LABEL: Any = {"color": GREY, "fontsize": 8, "va": "bottom"}
 
 
 def draw(models: Mapping[str, Trained], settings: Settings, path: Path) -> None:
@@ -29,7 +31,10 @@ def draw(models: Mapping[str, Trained], settings: Settings, path: Path) -> None:
     for (name, trained), colour in zip(models.items(), COLOURS, strict=True):
         _draw_training(left, name, trained, colour)
         _draw_extrapolation(right, name, trained, settings, colour)
+    half = next(iter(models.values())).start / 2
+    left.axhline(half, color=GREY, linestyle=":", linewidth=1)
     left.set(xlabel="step", ylabel="training loss, nats per character")
+    left.text(settings.steps, half, "half of the start", ha="right", **LABEL)
     left.legend(frameon=False)
     lengths = [multiple * settings.length for multiple in settings.lengths]
     right.set(xlabel="characters in a window", ylabel="held-out loss")
@@ -38,13 +43,11 @@ def draw(models: Mapping[str, Trained], settings: Settings, path: Path) -> None:
     right.axvline(settings.length, color=GREY, linestyle=":", linewidth=1)
     right.annotate(
         "trained length",
-        (settings.length, 0.97),
+        (settings.length, 0.92),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
         textcoords="offset points",
-        color=GREY,
-        fontsize=8,
-        va="top",
+        **LABEL,
     )
     right.margins(x=0.08, y=0.2)
     for axes in (left, right):

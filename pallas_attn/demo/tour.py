@@ -58,18 +58,18 @@ def say_what_runs(console: Console, sizes: Sizes) -> None:
     choice = resolve(None, device, dtype="float32", H=sizes.H, h=sizes.H)
     console.rule("[bold]1  What runs here", align="left")
     console.print(f"Device: {device.kind}, as --device says; JAX {jax.__version__}.")
-    reasons = choice.reason.replace("; ", ";\n  ")
+    reasons = choice.reason.replace(", and ", ",\n  and ").replace("; ", ";\n  ")
     console.print(f"Implementation: [bold]{choice.name}[/], because\n  {reasons}.")
 
 
 def check_biases(console: Console, sizes: Sizes, seed: int) -> bool:
     """Checks every bias, and prints the table; whether all are right."""
+    shape = (sizes.B, sizes.T, sizes.N, sizes.H)
     console.print()
     console.rule("[bold]2  Every bias is right, forward and backward", align="left")
     console.print(
-        f"Query, key and value are float32 [{sizes.B}, {sizes.T}, {sizes.N}, {sizes.H}]; "
-        "the truth is the dense reference\nin float64. Beside it stands "
-        "jax.nn.dot_product_attention, its bias an array."
+        f"Query, key and value: float32 {list(shape)}. The truth: the dense\nreference "
+        "in float64. The peer: jax.nn.dot_product_attention, its bias an array."
     )
     found = []
     with _progress(console) as progress:
@@ -80,7 +80,7 @@ def check_biases(console: Console, sizes: Sizes, seed: int) -> bool:
     console.print(_table_of_errors(found))
     right = all(checked.passed for checked in found)
     console.print(
-        f"{_verdict(right)} every relative error, |x - y| / |y|, within {FORMULA:g}."
+        f"Is every relative error, |x - y| / |y|, within {FORMULA:g}? {_said(right)}"
     )
     return right
 
@@ -98,7 +98,7 @@ def train_models(console: Console, settings: Settings) -> dict[str, Trained]:
     console.print(
         "A causal character model in Flax reads the topics of Python's help(): "
         f"{len(text.training):,}\ncharacters to train on, {len(text.held_out):,} held "
-        f"out, in windows of {settings.length}. Once its attention has\nALiBi, once "
+        f"out, in windows of {settings.length}. Once its\nattention has ALiBi, once "
         "none, and each position a learned vector instead."
     )
     trained = {}
@@ -119,13 +119,13 @@ def report(console: Console, models: Mapping[str, Trained], settings: Settings) 
     console.print(_table_of_losses(models, settings))
     console.print(
         f"No vector was learned for positions past {settings.length}: there they share "
-        "the last one.\nALiBi says how far away a key is, which has a meaning at any length."
+        "the last one.\nALiBi says how far a key is, and that goes on at any length."
     )
     alibi = models["ALiBi"]
     console.print(
-        f"{_verdict(alibi.halved)} with ALiBi the training loss fell from "
-        f"{alibi.start:.2f} to {alibi.end:.2f}\n(the mean of the last tenth of the "
-        "steps), below half of its start."
+        f"With ALiBi the training loss went from {alibi.start:.2f} to {alibi.end:.2f}, "
+        f"the mean of the last tenth of the steps.\nIs that below half of its start? "
+        f"{_said(alibi.halved)}"
     )
     return alibi.halved
 
@@ -174,10 +174,7 @@ def _table_of_errors(found: Sequence[Checked]) -> Table:
     for checked in found:
         errors = (checked.output_error, checked.gradient_error)
         times = (
-            (
-                checked.milliseconds[f"ours {passes}"],
-                checked.milliseconds[f"jax.nn {passes}"],
-            )
+            tuple(checked.milliseconds[f"{who} {passes}"] for who in ("ours", "jax.nn"))
             for passes in ("forward", "both")
         )
         table.add_row(
@@ -200,8 +197,8 @@ def _table_of_losses(models: Mapping[str, Trained], settings: Settings) -> Table
     return table
 
 
-def _verdict(good: bool) -> str:
-    return "[green]Yes:[/]" if good else "[red]No:[/]"
+def _said(good: bool) -> str:
+    return "[bold green]Yes.[/]" if good else "[bold red]No.[/]"
 
 
 def _escape(text: str) -> str:

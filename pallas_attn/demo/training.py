@@ -31,7 +31,7 @@ class Settings:
         characters: Held-out characters that an evaluation reads.
     """
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 16
     length: int = 128
     learning_rate: float = 4e-3

@@ -1,0 +1,147 @@
+"""What the README says runs, runs: Python blocks, and the names in shell blocks."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_attn
+from pallas_attn.__main__ import COMMANDS
+from pallas_attn.testing.numerics import assert_formula
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> dict[str, str]:
+    """Code blocks of a language, by the heading they stand under and their number."""
+    found: dict[str, str] = {}
+    heading = ""
+    for title, code in re.findall(
+        rf"^#+ ([^\n]*)$|^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+    ):
+        if title:
+            heading = title
+        else:
+            found[f"{heading} {len(found)}"] = code
+    return found
+
+
+def headings() -> list[str]:
+    """All headings."""
+    return re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+
+
+PYTHON, SHELL = blocks("python"), blocks("sh")
+QUICK_START = next(iter(PYTHON))
+
+
+def run(name: str) -> dict[str, Any]:
+    """The names a block leaves behind; it goes on from the quick start."""
+    namespace = {} if name == QUICK_START else dict(quick_start())
+    exec(compile(PYTHON[name], f"README.md: {name}", "exec"), namespace)
+    return namespace
+
+
+@functools.cache
+def quick_start() -> dict[str, Any]:
+    """What the first block leaves behind."""
+    return run(QUICK_START)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_every_python_block_runs(name, capsys):
+    run(name)
+    printed = capsys.readouterr().out
+    for line in PYTHON[name].splitlines():
+        if line.startswith("print(") and "  # (" in line:  # the result stands beside it
+            assert line.split("  # ")[1] in printed
+
+
+def test_the_learned_bias_of_the_readme_is_its_formula():
+    """Value and every gradient against the dense formula, in float32."""
+    readme = run(next(name for name in PYTHON if name.startswith("Write your own")))
+    attend, SquaredDistance = readme["dot_product_attention"], readme["SquaredDistance"]
+    query, key, value = readme["query"], readme["key"], readme["value"]
+    points = jax.random.normal(jax.random.key(5), (2, 2, 256, 1, 3))
+    fields = (jnp.linspace(0.2, 0.9, 8)[None], *points)
+
+    def ours(query, key, value, weight, x, y):
+        bias = SquaredDistance(weight, x, y)
+        return attend(query, key, value, bias, is_causal=True)
+
+    def dense(query, key, value, weight, x, y):
+        apart = jnp.sum((x[:, :, None, 0] - y[:, None, :, 0]) ** 2, -1)
+        bias = -weight[:, :, None, None] * apart[:, None]
+        return attend(
+            query, key, value, bias, is_causal=True, implementation="reference"
+        )
+
+    def with_gradients(function, dtype):
+        operands = (x.astype(dtype) for x in (query, key, value, *fields))
+        output, pullback = jax.vjp(function, *operands)
+        waves = jnp.cos(jnp.arange(output.size, dtype=dtype)).reshape(output.shape)
+        return output, pullback(waves)
+
+    with jax.default_matmul_precision("highest"):
+        got = with_gradients(ours, jnp.float32)
+    with jax.enable_x64(True):
+        want = with_gradients(dense, jnp.float64)
+    assert_formula(got, want)
+
+
+def test_every_shell_command_names_what_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    known = {
+        r"python3 -m venv \.venv": (),
+        r"\.venv/bin/pip install -e '\.\[(\w+)\]'": extras,
+        r"\.venv/bin/python -m pallas_attn (\w+)": COMMANDS,
+        r"\.venv/bin/python -m (pytest) -n auto": ("pytest",),
+    }
+    commands = [
+        part.strip() for code in SHELL.values() for part in re.split("&&|\n", code)
+    ]
+    for command in filter(None, commands):
+        forms = [(re.fullmatch(form, command), names) for form, names in known.items()]
+        matches = [(match, names) for match, names in forms if match]
+        assert matches, f"unknown command: {command}"
+        for match, names in matches:
+            assert set(match.groups()) <= set(names), command
+    assert "pytest-xdist" in extras["test"]  # -n
+
+
+def test_commands_and_files_named_in_the_text_exist():
+    assert set(re.findall(r"python -m pallas_attn (\w+)", README)) <= set(COMMANDS)
+    for target in re.findall(r"\]\((?!#|https?:)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`([\w./]+/[\w./]+\.py)`", README):
+        assert (ROOT / path).exists() or (ROOT / "pallas_attn" / path).exists(), path
+    anchors = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings()
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_biases_of_the_table_are_public():
+    named = re.findall(r"^\|[^|]*`(\w*Bias|ALiBi)` \|", README, re.MULTILINE)
+    assert named == ["DenseBias", "FactoredBias", "ALiBi"]
+    assert set(named) <= set(vars(pallas_attn))
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "grep -m 1 -e '-m pytest' README.md" in script
+    lines = [line for line in README.splitlines() if "-m pytest" in line]
+    assert lines[0] + "\n" in SHELL.values()
+    *install, tests = lines[0].split(" && ")
+    assert len(install) == 2
+    assert tests == ".venv/bin/python -m pytest -n auto"
