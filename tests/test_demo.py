@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import chex
 import jax
@@ -60,8 +61,8 @@ def test_the_model_sees_no_later_character(trained_length):
     model = small(trained_length, alphabet=7)
     characters = jax.random.randint(jax.random.key(0), (2, 40), 0, 7)
     parameters = model.init(jax.random.key(1), characters)
-    logits = model.apply(parameters, characters)
-    changed = model.apply(parameters, characters.at[:, 25:].set(0))
+    logits: Any = model.apply(parameters, characters)
+    changed: Any = model.apply(parameters, characters.at[:, 25:].set(0))
     chex.assert_trees_all_equal(logits[:, :25], changed[:, :25])
     assert not np.array_equal(logits[:, 25:], changed[:, 25:])
 

@@ -27,7 +27,7 @@ class Sizes:
 
     B: int = 2
     T: int = 1024
-    N: int = 4
+    N: int = 2
     H: int = 64
     R: int = 8
 

@@ -123,8 +123,8 @@ def report(console: Console, models: Mapping[str, Trained], settings: Settings) 
     )
     alibi = models["ALiBi"]
     console.print(
-        f"With ALiBi the training loss went from {alibi.start:.2f} to {alibi.end:.2f}, "
-        f"the mean of the last tenth of the steps.\nIs that below half of its start? "
+        f"With ALiBi the training loss went from {alibi.start:.2f} to {alibi.end:.2f} "
+        "(mean of the last tenth).\nIs that below half of its start? "
         f"{_said(alibi.halved)}"
     )
     return alibi.halved

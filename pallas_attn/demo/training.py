@@ -91,7 +91,7 @@ def train(
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     def loss_of(parameters: Any, window: Int[Array, "B T"]) -> Float[Array, ""]:
-        logits = model.apply(parameters, window[:, :-1])
+        logits: Any = model.apply(parameters, window[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(
             logits, window[:, 1:]
         ).mean()
