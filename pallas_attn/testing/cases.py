@@ -279,7 +279,7 @@ SITUATIONS: dict[str, Situation] = {
     "scale": Situation(sample=_settings(scale=0.3)),
     "scale 0": Situation(sample=_settings(scale=0.0, is_causal=True)),
     "scale negative": Situation(sample=_settings(scale=-0.3)),
-    "scale array": Situation(sample=lambda key, s: {"scale": jnp.float32(0.4)}),
+    "scale array": Situation(sample=lambda key, s: {"scale": jnp.float32(1.1)}),
     "all at once": Situation(
         {"N": 4, "K": 2, "h": 24},
         _together(

@@ -29,9 +29,15 @@ OUTPUT_RATIO = 2.0
 GRADIENT_RATIO = 3.0
 
 # Pruning leaves out 2^-24 = 6e-8 of a row's (a key's) weight, of values that may be the
-# largest there are, per side and per query head of a group; and a sum taken in another
-# order is off by a few units of 2^-24 too.
+# largest there are, per side and per query head of a group.
 PRUNING = 1e-6
+# A pruned and an unpruned computation also round apart: their exponents are taken from
+# different references. Each does so by about as much as the unpruned one is off float64.
+PRUNING_ROUNDING = 3.0
+
+# Bytes that a kernel may keep in local memory because registers ran out, stores and loads
+# together: a few words touched once outside a loop cost nothing that can be measured.
+SPILLS = 64
 
 # A gradient that is 0 in exact arithmetic (of a bias [.., T, 1] under softmax: the sum
 # of a row of dS) is a sum of terms of size |do| |v| = 1 to 10 whose rounding stays: as
@@ -128,29 +134,46 @@ def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
     assert not wrong, _table(f"more than {ratio:g} times the error of the peer", wrong)
 
 
-def assert_pruning_unseen(pruned: Any, unpruned: Any) -> None:
-    """Every entry within `PRUNING` of the leaf's largest; NaN in the same places."""
+def assert_pruning_unseen(pruned: Any, unpruned: Any, want: Any) -> None:
+    """Every entry within `PRUNING` of the leaf's largest, and what both are rounded by.
+
+    Args:
+        pruned: What was computed.
+        unpruned: The same without pruning; NaN and inf are in the same places.
+        want: The float64 truth.
+    """
     chex.assert_trees_all_equal_shapes_and_dtypes(pruned, unpruned)
-    found = pruning_errors(pruned, unpruned)
-    wrong = {name: error for name, error in found.items() if not error <= PRUNING}
-    assert not wrong, _table(
-        f"pruned and unpruned differ by more than {PRUNING:g} of the maximum",
-        {name: f"{error:.2e}" for name, error in wrong.items()},
-    )
+    rounding = max(largest_errors(unpruned, want, same_places=False).values())
+    allowed = PRUNING + PRUNING_ROUNDING * rounding
+    wrong = {
+        name: f"{error:.2e}"
+        for name, error in largest_errors(pruned, unpruned).items()
+        if not error <= allowed
+    }
+    title = f"pruned and unpruned differ by more than {allowed:.1e} of the maximum"
+    assert not wrong, _table(title, wrong)
 
 
-def pruning_errors(pruned: Any, unpruned: Any) -> dict[str, float]:
-    """The largest difference of each leaf, in units of the leaf's largest entry."""
+def largest_errors(
+    got: Any, want: Any, *, same_places: bool = True
+) -> dict[str, float]:
+    """The largest difference of each leaf, in units of its largest entry.
+
+    Args:
+        got: What was computed.
+        want: What it is compared with.
+        same_places: Whether an infinity or NaN in one alone is an infinite error; else
+            places where either has one are passed over.
+    """
     found = {}
-    leaves = jax.tree_util.tree_leaves_with_path(pruned)
-    for (path, x), y in zip(leaves, jax.tree.leaves(unpruned), strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True):
         x, y = _float64(x), _float64(y)
-        finite = np.isfinite(y)
-        if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+        finite = np.isfinite(x) & np.isfinite(y)
+        error = 0.0
+        if same_places and not np.array_equal(x[~finite], y[~finite], equal_nan=True):
             error = float("inf")
-        elif not finite.any():
-            error = 0.0
-        else:
+        elif finite.any():
             largest = max(np.abs(y[finite]).max(), np.finfo(np.float32).tiny)
             error = float(np.abs(x[finite] - y[finite]).max() / largest)
         found[jax.tree_util.keystr(path) or "the result"] = error

@@ -1,0 +1,144 @@
+"""Every kernel lowers for CUDA and compiles within a card's means, without a card."""
+
+import functools
+
+import pytest
+
+from pallas_attn.config import Block, Config
+from pallas_attn.inspect import main
+from pallas_attn.testing.cases import Case, cases
+from pallas_attn.testing.evaluate import kernels, SMALL
+from pallas_attn.testing.lowering import (
+    compile_kernel,
+    DEVICES,
+    SHARED_LIMIT,
+    triton_version,
+    unavailable,
+)
+from pallas_attn.testing.numerics import SPILLS
+
+
+compiles = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+LENGTH = 1024
+SIZES = {"B": 2, "N": 8, "K": 8, "T": LENGTH, "S": LENGTH}
+
+# Calls that between them take every shipped choice of blocks: the classes of head dims,
+# wide and narrow dtypes, dense or not, free or causal, pruned, long, factored.
+SHIPPED = {
+    **{
+        f"{bias}, {situation}, H{H}, {dtype}": Case(bias, situation).at(
+            **SIZES, H=H, h=H, dtype=dtype
+        )
+        for bias, situation in [
+            ("none", "full"),
+            ("alibi", "causal"),
+            ("dense", "full"),
+            ("dense-1NTS", "causal"),
+        ]
+        for H, dtype in [
+            (32, "bfloat16"),
+            (64, "bfloat16"),
+            (128, "bfloat16"),
+            (256, "bfloat16"),
+            (64, "float32"),
+            (128, "float32"),
+            (256, "float32"),
+        ]
+    },
+    **{
+        f"{bias}, {situation}, H{H}, bfloat16": Case(bias, situation).at(
+            **SIZES, H=H, h=H, dtype="bfloat16"
+        )
+        for bias, situation, H in [
+            ("factored", "full", 32),
+            ("factored-float32", "full", 64),
+            ("sum-alibi factored", "causal", 128),
+            ("saturating", "causal", 64),
+            ("none", "all at once", 64),
+        ]
+    },
+    "alibi, causal, H128, long": Case("alibi", "causal").at(
+        **{**SIZES, "T": 8192, "S": 8192}, H=128, h=128, dtype="bfloat16"
+    ),
+}
+
+
+@functools.cache
+def lowered(case, arch=90, config=None):
+    """A case's kernels, each once."""
+    return tuple(dict.fromkeys(kernels(case, arch=arch, config=config)))
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_case_lowers(case):
+    """In float32 and ragged; the other dtypes below."""
+    names = {kernel.name for kernel in lowered(case, config=SMALL)}
+    assert "forward_kernel" in names
+    assert {"rows_kernel", "cols_kernel"} & names
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("H", [8, 40, 97, 192, 256])
+def test_dtypes_and_odd_heads_lower(H, dtype):
+    assert lowered(Case("sum", "all at once").at(H=H, h=H, dtype=dtype))
+
+
+@compiles
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_choice_fits(name, arch):
+    case = SHIPPED[name]
+    excess = []
+    for kernel in lowered(case, arch):
+        record = compile_kernel(kernel, arch)
+        found = f"{record.name}, {record.num_warps} warps, {record.num_stages} stages"
+        if record.spills > SPILLS:
+            excess.append(f"{found}: spills {record.spills} bytes")
+        if record.shared > SHARED_LIMIT[arch]:
+            excess.append(f"{found}: {record.shared} bytes of shared memory")
+        if record.serialised:
+            excess.append(f"{found}: serialised wgmma")
+    assert not excess, "\n".join([f"sm_{arch}, {triton_version()}:", *excess])
+
+
+@compiles
+@pytest.mark.parametrize("H", [32, 64, 128])
+@pytest.mark.parametrize("bias", ["dense", "dense-1NTS", "sum-factored dense"])
+def test_a_bias_tile_is_loaded_asynchronously(bias, H):
+    """And no product starts from it: Triton would then wait for its load."""
+    case = Case(bias, "full").at(**SIZES, H=H, h=H, dtype="bfloat16")
+    read = False
+    for kernel in lowered(case):
+        record = compile_kernel(kernel, 90)
+        for place, (shape, _) in enumerate(kernel.arguments):
+            if shape[-2:] != (LENGTH, LENGTH):
+                continue
+            read |= place in record.copied
+            assert place not in record.loaded, f"{kernel.name} waits for {shape}"
+            assert place not in record.accumulated, f"{kernel.name} starts from {shape}"
+    assert read
+
+
+@compiles
+def test_half_precision_uses_the_tensor_cores_of_hopper():
+    case = SHIPPED["alibi, causal, H128, bfloat16"]
+    used = {k.name: compile_kernel(k, 90).wgmma for k in lowered(case)}
+    for name in ("forward_kernel", "rows_kernel", "cols_kernel"):
+        assert used[name] > 0, name
+
+
+def test_a_block_that_was_given_is_the_block_that_is_launched():
+    given = Config(*(Block(32, 64, 2, 1) for _ in range(4)))
+    case = Case("dense-1NTS", "full").at(dtype="bfloat16")
+    passes = {"forward_kernel", "rows_kernel", "cols_kernel", "tiles_kernel"}
+    found = {k.name: k for k in lowered(case, config=given) if k.name in passes}
+    assert set(found) == passes
+    assert {(k.num_warps, k.num_stages) for k in found.values()} == {(2, 1)}
+
+
+@compiles
+def test_inspect_prints_a_table(capsys):
+    assert main(["--case", "alibi", "--head-dim", "64", "--length", "256"]) == 0
+    printed = capsys.readouterr().out
+    assert triton_version() in printed
+    assert all(word in printed for word in ("registers", "spills", "forward_kernel"))

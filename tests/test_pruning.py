@@ -1,0 +1,169 @@
+"""What pruning leaves out is not missed, whatever the input; and it is a lot."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_attn import ALiBi, Bias, Block, Config, DenseBias, FactoredBias, visited
+from pallas_attn.bias.base import head_home
+from pallas_attn.testing.cases import Case, Sample
+from pallas_attn.testing.evaluate import (
+    EXACT,
+    gradients,
+    kernel_implementation,
+    truth,
+)
+from pallas_attn.testing.numerics import assert_pruning_unseen, largest_errors, PRUNING
+
+
+BLOCK = Block(32, 32)
+PRUNED = Config(BLOCK, BLOCK, BLOCK, BLOCK)
+UNPRUNED = replace(PRUNED, prune=False)
+OPTIONS = {"implementation": kernel_implementation(), **EXACT}
+STEEP = ALiBi(jnp.array([2.0, 0.25]))
+CAUSAL = {"is_causal": True}
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """An input that would show a bound that claims too little."""
+
+    settings: dict[str, Any] = field(default_factory=lambda: CAUSAL)
+    bias: Bias = STEEP
+    sizes: dict[str, int] = field(default_factory=dict)
+    edit: Any = lambda query, key, value: (query, key, value)
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+
+def factor(seed, length):
+    return 0.3 * jax.random.normal(jax.random.key(seed), (1, length, 2, 5))
+
+
+ADVERSARIES = {
+    "causal": Adversary(),
+    "full": Adversary({}),
+    "ragged full": Adversary({}, sizes={"T": 181, "S": 167}),
+    "GQA": Adversary(sizes={"K": 1}),
+    "offset": Adversary({"is_causal": True, "query_offset": 60}, sizes={"T": 140}),
+    "sink": Adversary(edit=lambda q, k, v: (q, k.at[:, 3].multiply(60), v)),
+    "sink full": Adversary({}, edit=lambda q, k, v: (q, k.at[:, 3].multiply(60), v)),
+    "huge key": Adversary(edit=lambda q, k, v: (q, k.at[:, 70].multiply(1e4), v)),
+    "huge value": Adversary(edit=lambda q, k, v: (q, k, v.at[:, 5].multiply(1e4))),
+    "NaN key": Adversary(edit=lambda q, k, v: (q, k.at[:, 5, :, 2].set(jnp.nan), v)),
+    "NaN value": Adversary(edit=lambda q, k, v: (q, k, v.at[:, 5, :, 2].set(jnp.nan))),
+    "inf value": Adversary(edit=lambda q, k, v: (q, k, v.at[:, 5, 1, 2].set(jnp.inf))),
+    "NaN query": Adversary(
+        edit=lambda q, k, v: (q.at[:, 150, 0, 1].set(jnp.nan), k, v)
+    ),
+    "scores x40": Adversary(edit=lambda q, k, v: (q * 40, k, v)),
+    "scores 0": Adversary(edit=lambda q, k, v: (q * 0, k, v)),
+    "negative slopes": Adversary(bias=ALiBi(jnp.array([-0.3, 0.2]))),
+    "negative slopes full": Adversary({}, ALiBi(jnp.array([-0.3, 0.2]))),
+    "zero slopes": Adversary(bias=ALiBi(jnp.zeros(2))),
+    "window": Adversary({"is_causal": True, "local_window_size": (40, 0)}),
+    "window full": Adversary({"local_window_size": (50, 20)}),
+    "lengths": Adversary(
+        conditions={
+            "query_seq_lengths": jnp.array([170], jnp.int32),
+            "key_value_seq_lengths": jnp.array([90], jnp.int32),
+        }
+    ),
+    "factored": Adversary(bias=STEEP + FactoredBias(factor(1, 192), factor(2, 192))),
+    "two slopes": Adversary(bias=STEEP + ALiBi(jnp.array([0.1, 0.6]))),
+}
+
+
+def sample(adversary):
+    sizes = {"B": 1, "T": 192, "S": 192, **adversary.sizes}
+    drawn = Case("none").at(**sizes).sample()
+    names = ("query", "key", "value")
+    edited = adversary.edit(*(drawn.operands[name] for name in names))
+    operands = {**dict(zip(names, edited, strict=True)), "bias": adversary.bias}
+    return Sample(operands, adversary.conditions, adversary.settings, drawn.cotangents)
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_pruned_is_unpruned(name):
+    drawn = sample(ADVERSARIES[name])
+    pruned, unpruned = (
+        gradients(drawn, config=config, **OPTIONS) for config in (PRUNED, UNPRUNED)
+    )
+    assert_pruning_unseen(pruned, unpruned, truth(drawn))
+
+
+class Overconfident(Bias):
+    """ALiBi whose bound claims too little: less than the farthest pair's value."""
+
+    slopes: Any = head_home()
+
+    def tile(self, t):
+        return -self.slopes * jnp.abs(t.distance)
+
+    def bound(self, q0, q1, k0, k1):
+        farthest = jnp.maximum(jnp.abs(q1 - k0), jnp.abs(k1 - q0)) + 40
+        return -self.slopes * farthest.astype(jnp.float32)
+
+
+def test_a_wrong_bound_is_noticed():
+    """The comparison has teeth: with a bound that claims too little it fails."""
+    drawn = sample(Adversary(bias=Overconfident(jnp.array([0.5, 0.25]))))
+    pruned, unpruned = (
+        gradients(drawn, config=config, **OPTIONS) for config in (PRUNED, UNPRUNED)
+    )
+    found = largest_errors(pruned, unpruned)
+    for name in ("[0][0]", "[1]['query']", "[1]['key']", "[1]['value']"):
+        assert found[name] > PRUNING, name
+
+
+def shares(adversary, config=PRUNED):
+    drawn = sample(adversary)
+    given = {**drawn.operands, **drawn.conditions, **drawn.settings}
+    return jax.jit(
+        lambda operands: visited(**{**given, **operands}, config=config, **OPTIONS)
+    )(drawn.operands)
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, {}], ids=["causal", "full"])
+def test_a_steep_head_visits_little(settings):
+    """Slope 2 falls below 2^-24 in 9 keys, and |q||k| makes up for a few more."""
+    for name, share in shares(Adversary(settings))._asdict().items():
+        assert share.shape == (1, 2), name
+        assert ((share > 0) & (share <= 1)).all(), name
+        assert share[0, 0] < 0.6, f"{name} visits {share[0, 0]:.2f}"
+        assert share[0, 0] < share[0, 1], name
+
+
+@pytest.mark.parametrize(
+    ("adversary", "config"),
+    [
+        pytest.param(Adversary(), UNPRUNED, id="prune=False"),
+        pytest.param(ADVERSARIES["zero slopes"], PRUNED, id="zero slopes"),
+        pytest.param(
+            Adversary(bias=STEEP + DenseBias(jnp.zeros((1, 1, 192, 192)))),
+            PRUNED,
+            id="a term without a bound",
+        ),
+        pytest.param(
+            Adversary(edit=lambda q, k, v: (q * 1e3, k, v)), PRUNED, id="scores x1000"
+        ),
+        pytest.param(
+            Adversary(edit=lambda q, k, v: (q, k.at[:, ::32].set(jnp.nan), v)),
+            PRUNED,
+            id="NaN in every block",
+        ),
+    ],
+)
+def test_everything_is_visited_where_nothing_may_be_left_out(adversary, config):
+    for name, share in shares(adversary, config)._asdict().items():
+        assert (np.asarray(share) == 1).all(), f"{name} visits {share}"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_others_visit_everything(implementation):
+    drawn = sample(Adversary())
+    found = visited(**drawn.operands, **drawn.settings, implementation=implementation)
+    assert all((np.asarray(share) == 1).all() for share in found)
