@@ -168,7 +168,11 @@ def compile_kernel(kernel: Kernel, arch: int = 90) -> Record:
     ir.load_dialects(context)
     backend.load_dialects(context)
     options = backend.parse_options(
-        {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        {
+            "num_warps": kernel.num_warps,
+            "num_stages": kernel.num_stages,
+            "enable_fp_fusion": True,  # as XLA; said aloud, for its default is to change
+        }
     )
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, options, Language.TRITON)

@@ -35,8 +35,8 @@ PRUNING = 1e-6
 # different references. Each does so by about as much as the unpruned one is off float64.
 PRUNING_ROUNDING = 3.0
 
-# Bytes that a kernel may keep in local memory because registers ran out, stores and loads
-# together: a few words touched once outside a loop cost nothing that can be measured.
+# Bytes that a kernel may keep in local memory because registers ran out, stores and
+# loads together: a few words, touched once outside a loop, cost nothing measurable.
 SPILLS = 64
 
 # A gradient that is 0 in exact arithmetic (of a bias [.., T, 1] under softmax: the sum
