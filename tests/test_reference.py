@@ -1,0 +1,180 @@
+"""The dense reference agrees with `jax.nn` and with its own written backward."""
+
+import dataclasses
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_attn
+from pallas_attn.bias.base import Added
+from pallas_attn.call import Call
+from pallas_attn.canonical import canonical
+from pallas_attn.reference import attention as reference
+from pallas_attn.testing.cases import Case, KINDS, normal
+from pallas_attn.testing.evaluate import with_gradients
+from pallas_attn.testing.numerics import assert_formula, assert_zero
+from pallas_attn.visible import allowed, seen, seen_added
+
+
+# What both functions know, on [B, T, N, S] = [2, 37, 4, 53] and K = 2 unless said; no
+# row is empty, of which they think differently.
+SHARED = {
+    "grouped heads": {},
+    "multi-query": {"K": 1},
+    "as many key heads": {"K": 4},
+    "mask": {"mask": jax.random.bernoulli(jax.random.key(0), 0.7, (2, 4, 37, 53))},
+    "mask over keys": {"mask": jnp.arange(53)[None, None, None] % 5 != 2},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (9, 4)},
+    "causal window": {"is_causal": True, "local_window_size": 7},
+    "lengths": {
+        "query_seq_lengths": jnp.array([20, 37], jnp.int32),
+        "key_value_seq_lengths": jnp.array([53, 11], jnp.int32),
+    },
+    "scale": {"scale": 0.4},
+    "bias": {"bias": normal(jax.random.key(1), 2, 4, 37, 53)},
+    "bias over keys": {"bias": normal(jax.random.key(2), 1, 1, 1, 53)},
+}
+BACKWARDS = {
+    "autodiff": reference.attend,
+    "written": reference.attend_with_written_backward,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("features", SHARED)
+def test_jax_nn_computes_the_same(features, dtype):
+    options = dict(SHARED[features])
+    keys = jax.random.split(jax.random.key(3), 4)
+    heads = options.pop("K", 2)
+    forms = ((37, 4, 16), (53, heads, 16), (53, heads, 16), (37, 4, 16))
+    arrays = [normal(k, 2, *form) for k, form in zip(keys, forms, strict=True)]
+    if "bias" in options:
+        arrays.insert(3, options.pop("bias"))
+    with jax.enable_x64(dtype == jnp.float64):
+        *operands, cotangent = (x.astype(dtype) for x in arrays)
+
+        def pull(attend, **more):
+            f = lambda *x: attend(*x, **options, **more)
+            output, pullback = jax.vjp(jax.jit(f), *operands)
+            return output, pullback(cotangent)
+
+        got = pull(pallas_attn.dot_product_attention, implementation="reference")
+        with (
+            jax.default_matmul_precision("highest"),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
+            want = pull(jax.nn.dot_product_attention, implementation="xla")
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+        assert_formula(got, want)
+
+
+@pytest.mark.parametrize("situation", ["full", "empty rows", "all at once"])
+@pytest.mark.parametrize("bias", KINDS)
+def test_the_written_backward_is_the_derivative(bias, situation):
+    """In float64, with cotangents of the output and of the log-sum-exp."""
+    sample = Case(bias, situation).sample()
+    with jax.enable_x64(True):
+        operands, cotangents = (
+            in_float64(arguments(sample)),
+            in_float64(sample.cotangents),
+        )
+        written, automatic = (
+            pull(BACKWARDS[name], operands, cotangents)
+            for name in ("written", "autodiff")
+        )
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(written))
+        assert_formula(written, automatic)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("situation", ["empty rows", "lengths"])
+@pytest.mark.parametrize("bias", ["none", "dense", "factored", "saturating"])
+def test_nan_where_nobody_looks(bias, situation, backward):
+    """NaN in every number, and in every cotangent, that no visible place reads."""
+    sample = Case(bias, situation).at(B=1, N=1, K=1).sample()
+    *arrays, added, visibility, call = arguments(sample)
+    places = jnp.broadcast_to(allowed(call, visibility), (1, 1, call.T, call.S))
+    homes = ("query", "key", "key")
+    ones = lambda tree: jax.tree.map(jnp.ones_like, tree)
+    read = [seen(places, ones(x), home) for x, home in zip(arrays, homes, strict=True)]
+    read = (*read, seen_added(places, ones(added)))
+    rows = places.any(3)[:, 0, :, None]
+    do, dlse = sample.cotangents
+
+    clean = (*arrays, added)
+    poisoned = jax.tree.map(lambda x, r: jnp.where(r == 0, jnp.nan, x), clean, read)
+    cotangents = (
+        jnp.where(rows[..., None], do, jnp.nan),
+        jnp.where(rows, dlse, jnp.inf),
+    )
+    attend = BACKWARDS[backward]
+    got = pull(attend, (*poisoned, visibility, call), cotangents)
+    want = pull(attend, (*clean, visibility, call), sample.cotangents)
+    chex.assert_tree_all_finite((got[0][0], got[1]))
+    assert_formula(got, want)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_a_row_that_a_bias_empties(backward):
+    """A bias of -inf or -1e30 hides like a mask, where the query is infinite too."""
+    *arrays, _, visibility, call = arguments(Case("none").at(B=1, N=1, K=1).sample())
+    arrays[0] = arrays[0].at[0, 5].set(jnp.inf)
+    level = jnp.full((1, 1, call.T, call.S), -1e30).at[..., ::2].set(-jnp.inf)
+    row = jnp.arange(call.T)[None, None, :, None] == 5
+    bias = pallas_attn.DenseBias(jnp.where(row, level, 0.0))
+    added = Added((bias,))
+    cotangents = jnp.ones((1, call.T, 1, call.h)), jnp.ones((1, call.T, 1))
+    operands = (*arrays, added, visibility, call)
+    (output, lse), grads = pull(BACKWARDS[backward], operands, cotangents)
+    chex.assert_tree_all_finite((output, grads))
+    assert_zero((output[:, 5], grads[0][:, 5]))
+    assert np.isneginf(lse[:, 5]).all()
+
+
+def test_gradients_of_16_bits_are_rounded_once():
+    """They are the float32 gradients of the same numbers, rounded."""
+    sample = Case("dense", "causal").at(dtype=jnp.bfloat16).sample()
+    evaluate = with_gradients(sample.settings, implementation="reference")
+    narrow = (sample.operands, sample.conditions, sample.cotangents)
+    _, got = evaluate(*narrow)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    (_, want) = evaluate(*wide)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, sample.operands)
+    rounded = jax.tree.map(lambda x, y: x.astype(y.dtype), want, got)
+    chex.assert_trees_all_equal(got, rounded)
+
+
+def arguments(sample):
+    """A sampled call as implementations get it."""
+    bound = inspect.signature(pallas_attn.dot_product_attention).bind(
+        **sample.operands, **sample.conditions, **sample.settings
+    )
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    del given["dropout_rng"], given["return_residual"]
+    return canonical(**given).operands
+
+
+def in_float64(tree):
+    """A tree with its floats, and the dtype of a call, as float64."""
+
+    def wide(x):
+        if isinstance(x, Call):
+            return dataclasses.replace(x, dtype="float64")
+        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(wide, tree)
+
+
+def pull(attend, operands, cotangents):
+    """(output, lse) and the gradients of query, key, value and bias."""
+    *differentiated, visibility, call = operands
+    f = lambda *x: attend(*x, visibility, call)
+    primals, pullback = jax.vjp(jax.jit(f), *differentiated)
+    return primals, pullback(cotangents)
