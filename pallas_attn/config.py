@@ -47,6 +47,7 @@ class Load:
 
     head_dim: int  # the larger of H and h
     dtype: str  # of query, key and value
+    exact: bool  # IEEE float32 dots: no tensor cores
     length: int  # T
     dense: bool  # a full bias tile is added
     free: bool  # no dense bias, not causal, not pruned
@@ -56,8 +57,8 @@ class Load:
 def shipped(kernel: str, load: Load) -> Block:
     """The shipped block of a kernel.
 
-    Measured on an H200 in bfloat16. Three stages are what Triton needs to keep two loads
-    in flight; fewer only where shared memory or registers run out.
+    Measured on an H200 in bfloat16. Three stages are what Triton needs to keep two
+    loads in flight; fewer only where shared memory or registers run out.
     """
     if load.dtype == "float32":
         return _float32(kernel, load)
@@ -69,6 +70,8 @@ def shipped(kernel: str, load: Load) -> Block:
         case "forward":
             if wide and (load.free or load.dense):
                 return Block(128, 64, 8, 3)
+            if wide and load.columns:  # a third stage leaves one program to an SM
+                return Block(64, 64, 4, 2)
             tall = thin or (32 < load.head_dim <= 64 and (load.free or load.dense))
             return Block(128, 64) if tall else Block(64, 64)
         case "rows":
@@ -94,13 +97,21 @@ def _widest(kernel: str) -> Block:
     """Head dims of 129 to 256, 16-bit."""
     if kernel.startswith("thin"):
         return Block(64, 64, 8, 2)
-    return Block(64, 32, 8, 2)
+    return Block(16, 64, 8, 2) if kernel == "cols" else Block(64, 32, 8, 2)
 
 
 def _float32(kernel: str, load: Load) -> Block:
-    """float32 operands: twice the shared memory, and IEEE dots without tensor cores."""
+    """float32 takes twice the shared memory; IEEE dots keep operands in registers."""
     if load.head_dim > 128:
-        return Block(32, 32, 8, 1)
-    if load.head_dim > 64:
-        return Block(32, 32, 8, 2)
-    return Block(32, 32, 4, 2) if not kernel.startswith("thin") else Block(64, 32, 4, 2)
+        return Block(16, 16, 8, 1) if load.exact else Block(32, 32, 8, 1)
+    if load.exact:
+        return Block(32, 16, 8, 2) if load.head_dim > 64 else Block(32, 32, 8, 2)
+    if load.head_dim <= 64:
+        return Block(64, 64, 8, 2)
+    match kernel:
+        case "cols" | "thin_cols":
+            return Block(32, 64, 8, 2)
+        case "tiles":
+            return Block(32, 32, 8, 2)
+        case _:
+            return Block(64, 32, 8, 2)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from pallas_attn.bias.base import Added
-from pallas_attn.call import NO_WEIGHT, Call
+from pallas_attn.call import Call
 from pallas_attn.kernels import walk
-from pallas_attn.kernels.plan import Plan, block_of, grid_of
-from pallas_attn.kernels.terms import bound, hold, on_tile, parts
-from pallas_attn.kernels.tile import (
-    Tile,
-    at_keys,
-    exp2,
-    load_number,
-    store_number,
-    uniform,
-)
-from pallas_attn.kernels.visible import GRAIN, Sight, frame
+from pallas_attn.kernels.operands import Operands, Pruning
+from pallas_attn.kernels.owner import far_keys, keys_of, query_tile, report
+from pallas_attn.kernels.plan import Plan
+from pallas_attn.kernels.scores import dots, reach_of, weightless
+from pallas_attn.kernels.terms import hold, on_tile, parts
+from pallas_attn.kernels.tile import at_keys, exp2, store_number, Tile, zeros
 from pallas_attn.normalizers.softmax import (
     LOG2E,
-    SPREAD,
     log_sum,
     lowest,
     peak,
     referred,
     rescaled,
+    SPREAD,
 )
 
 
@@ -39,87 +31,8 @@ f32 = jnp.float32
 i32 = jnp.int32
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Operands:
-    """What every pass reads: arrays outside, refs inside the kernels."""
-
-    q: Any
-    k: Any
-    v: Any
-    added: Added
-    sight: Sight
-
-
-def frame_of(call: Call, sight: Sight, b: Any) -> Any:
-    """The frame of batch entry b, in uniform registers."""
-    return frame(call, sight, b, lambda ref, at: uniform(call, load_number(ref, at)))
-
-
-def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:
-    """The query block that this program owns; its first key block."""
-    grid, block = grid_of(call, plan, kernel), block_of(call, plan, kernel)
-    b, h, i = grid.place()
-    if call.causal:  # long programs first
-        i = grid.blocks - 1 - i
-    bq, bk = block.block_q, block.block_k
-    where = frame_of(call, sight, b)
-    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk)
-
-
-def keys_of(t: Tile, two: bool) -> walk.Walk:
-    """The key blocks that a query block visits."""
-    span = walk.hull(t.call, t.sight, t.b, t.h, t.q0, t.bq, t.bk, by_key=False)
-    return walk.over_keys(t.call, t.frame, t.q0, t.bq, t.bk, two, span)
-
-
-def far_keys(
-    t: Tile, w: walk.Walk, ops: Operands, held: Any, norms: Any, reach: Any, floor: Any
-) -> walk.Remaining:
-    """The far blocks that remain, where every row's log2-sum is at least `floor`."""
-    call = t.call
-    p0 = t.q0 + t.frame.offset
-
-    def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
-        lead = (t.b, t.h // i32(call.N // norms.shape[1]))
-        norm = walk.of_blocks(norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
-        k0 = j * t.bk
-        most = bound(ops.added, held, p0, p0 + t.bq - 1, k0, k0 + t.bk - 1)
-        return norm * reach + most, floor
-
-    return walk.holes(call, w.sides, pl.cdiv(call.S, t.bk), t.bk, weight)
-
-
-def reach_of(call: Call, q: jax.Array, qs: list[jax.Array]) -> jax.Array:
-    """The largest |scale [q, A]| in log2, above the rounding of any dot, TF32's too."""
-    squares = sum([squared_norm(a) for a in qs], squared_norm(q))
-    return jnp.sqrt(jnp.max(squares)) * (call.scale * LOG2E * (1 + 2.0**-8))
-
-
-def squared_norm(x: jax.Array) -> jax.Array:
-    """|x|^2 of every row, float32."""
-    return jnp.sum(x.astype(f32) ** 2, 1)
-
-
-def dots(t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]) -> jax.Array:
-    """q.k plus the products, in one accumulator, oriented as the tile."""
-    s = t.dot(k, q.T) if t.flip else t.dot(q, k.T)
-    for a, b in zip(qs, ks, strict=True):
-        # Factors keep float32 accuracy whatever the precision of q.k.
-        dot = t.exact_dot if a.dtype == f32 else t.dot
-        s = (dot(b, a.T) if t.flip else dot(a, b.T)) + s
-    return s
-
-
-def weightless(rest: list[jax.Array], several: bool) -> list[jax.Array]:
-    """Parts of a score; of several terms, each alone can take a key's weight away."""
-    if not several:  # one term's -1e30 is the score's own
-        return rest
-    return [jnp.where(r <= NO_WEIGHT, -jnp.inf, r) for r in rest]
-
-
 def forward_kernel(
-    ops: Operands, norms: Any, out: dict[str, Any], *, call: Call, plan: Plan
+    ops: Operands, pruning: Pruning, out: dict[str, Any], *, call: Call, plan: Plan
 ) -> None:
     """Output and log2-sum of one query block."""
     t0 = query_tile(ops.sight, call, plan, "forward")
@@ -163,8 +76,7 @@ def forward_kernel(
 
     veiled = ops.sight.veiled
     zero = jnp.zeros((t0.bq,), f32)
-    width = max(16, pl.next_power_of_2(call.h))
-    state = (jnp.zeros((t0.bq, width), f32), zero + lowest(call.scale), zero)
+    state = (zeros(t0.bq, ops.v), zero + lowest(call.scale), zero)
     acc, m, l = w.near_loop(near, state)
     if not plan.pruned:
         far = walk.all_far(w.sides)
@@ -179,7 +91,7 @@ def forward_kernel(
         # A bound on the scores replaces the running maximum.
         reach = reach_of(call, q, qs)
         sums = jnp.where(t0.inside_rows(), m * mul + jnp.log2(l), jnp.inf)
-        far = far_keys(t0, w, ops, held, norms, reach, jnp.min(sums))
+        far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
         # Rare: scores that may spread over 2^200 first get their true maximum, by a
         # plain loop that costs nothing where it does not run.
         wide = far.top - jnp.min(m) * mul > 2 * SPREAD
@@ -209,13 +121,4 @@ def forward_kernel(
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
     t0.put_rows(out["o"], acc / jnp.where(l > 0, l, 1.0)[:, None])
     t0.put_stat(out["lse"], log_sum(reference, l))
-    report(out["visits"], t0, t0.h, t0.q0 // i32(t0.bq), w, far)
-
-
-def report(
-    ref: Any, t: Tile, h: Any, n: Any, w: walk.Walk, far: walk.Remaining
-) -> None:
-    """How many blocks this program visited, and how many there were."""
-    near = i32(w.near[1]) - i32(w.near[0])
-    store_number(ref, (t.b, h, n, i32(0) * n), near + far.count)
-    store_number(ref, (t.b, h, n, i32(0) * n + 1), w.visible)
+    report(out["visits"], t0, t0.q0 // i32(t0.bq), w, far)

@@ -28,7 +28,7 @@ warnings.filterwarnings(
 class Grid:
     """The programs of a pass, one per (batch entry, head, block), and their order.
 
-    long_first: programs differ in length, so heads go fastest and long ones start first.
+    long_first: programs differ in length: heads go fastest, long ones start first.
     flock: batch entries that run side by side because they share a bias tile.
     """
 
@@ -65,7 +65,7 @@ def launch(
     block: Block,
     **static: Any,
 ) -> Any:
-    """Run `kernel(*input_refs, *output_refs, call=..., **static)` on every grid point."""
+    """Run kernel(*input_refs, *output_refs, call=..., **static) on every grid point."""
     bound = functools.partial(kernel, call=call, **static)
     bound.__name__ = kernel.__name__  # pyright: ignore[reportAttributeAccessIssue]
     return pl.pallas_call(

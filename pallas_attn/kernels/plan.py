@@ -1,10 +1,11 @@
-"""Which passes a gradient needs, and how each is laid out: the one place that chooses."""
+"""Which passes a gradient needs, and their layout: the one place that chooses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.bias.base import Added, has_bound
@@ -17,12 +18,14 @@ from pallas_attn.kernels.visible import Sight
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients somebody asked for, and whether the residual has a cotangent."""
+    """Which gradients somebody asked for."""
 
-    qkv: bool
-    fields: tuple[Field, ...]
-    a: tuple[int, ...]  # products whose query side wants one
-    b: tuple[int, ...]  # products whose key side wants one
+    q: bool
+    k: bool
+    v: bool
+    fields: tuple[Field, ...] = ()
+    a: tuple[int, ...] = ()  # products whose query side wants one
+    b: tuple[int, ...] = ()  # products whose key side wants one
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Plan:
 
     @property
     def flip(self) -> bool:
-        """Whether cols keeps scores as [keys, queries]: no operand is transposed then."""
+        """Whether cols keeps scores as [keys, queries]: nothing is transposed then."""
         return self.turn or not self.dense
 
 
@@ -81,7 +84,8 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
     # What adds the same to a whole row has no gradient: attention.py gives it dlse.
     rows = tuple(f for f in of_span("", "q") if not is_row_constant(added, f))
     pairs = of_span("qk")
-    others = bool(wanted.qkv or wanted.a or wanted.b or rows or of_span("k"))
+    by_key = bool(wanted.k or wanted.v or wanted.b or of_span("k"))
+    others = bool(wanted.q or wanted.a or rows or by_key)
     shape = (call.B, call.N, call.T, call.S)
     own = tuple(
         f for f in pairs if others and is_identity(added, f) and every[f].shape == shape
@@ -91,8 +95,8 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
         start,
         store=every[own[0]].dtype if own else None,
         own=own,
-        rows=bool((wanted.qkv and not own) or (wanted.a and not own) or rows),
-        cols=bool(wanted.qkv or wanted.b or of_span("k") or own),
+        rows=bool(rows or (not own and (wanted.q or wanted.a))),
+        cols=bool(by_key or own),
         dk=not own or call.H <= 64,
         row_fields=rows,
         col_fields=of_span("k"),
@@ -114,6 +118,7 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
     load = Load(
         head_dim=max(call.H, call.h),
         dtype=call.dtype,
+        exact=call.precision == lax.Precision.HIGHEST,
         length=call.T,
         dense=plan.dense,
         free=not (plan.dense or call.causal or plan.pruned),

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
-from pallas_attn.kernels.forward import frame_of, squared_norm
-from pallas_attn.kernels.tile import Tile, store_number
+from pallas_attn.kernels.owner import frame_of
+from pallas_attn.kernels.scores import squared_norm
+from pallas_attn.kernels.tile import store_number, Tile
 from pallas_attn.kernels.visible import GRAIN, Sight
 
 
@@ -41,9 +42,9 @@ def delta_kernel(
     *,
     call: Call,
 ) -> None:
-    """delta = <do, o> - dlse, 0 in empty rows; and the least log2-sum of a grain of rows.
+    """The delta <do, o> - dlse, 0 in empty rows; the least log2-sum of a grain of rows.
 
-    The floor is NaN where a cotangent is not finite: such queries are never left out.
+    That floor is NaN where a cotangent is not finite: such queries are never left out.
     """
     b, h, i = (pl.program_id(i) for i in range(3))
     where = frame_of(call, sight, b)

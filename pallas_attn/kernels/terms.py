@@ -1,12 +1,12 @@
-"""What a kernel sees of a bias: fields loaded on a tile, products as columns of q and k."""
+"""What a kernel sees of a bias: fields on a tile, products as columns of q and k."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def home(added: Added, field: Field) -> str:
 
 
 def span(added: Added, field: Field) -> str:
-    """What a field varies along: "", "q", "k" or "qk". It decides who owns its gradient."""
+    """What a field varies along, "", "q", "k" or "qk": who owns its gradient."""
     where = home(added, field)
     if where == "pair":
         shape = getattr(added.terms[field[0]], field[1]).shape
@@ -105,7 +105,7 @@ def pullback(
 ) -> dict[Field, jax.Array]:
     """Gradients of the fields `mine` on this tile, by JAX's own vjp of `tile`.
 
-    A head's number is spread over the queries, so that its sum waits for the loop's end.
+    A head's number is spread over queries, so that its sum waits for the loop's end.
     """
     if not mine:
         return {}
@@ -152,7 +152,7 @@ def columns(
 ) -> tuple[tuple[Array, Array], ...]:
     """A product as columns beside q and k: pairs whose products sum to A.B / scale.
 
-    Beside 16-bit q and k, float32 factors become bfloat16 pieces x1 + x2 + x3:
+    Unless every dot is IEEE float32, float32 factors become bfloat16 pieces x1, x2, x3:
         a b = a1 b1 + (a1 b2 + a1 b3 + a2 b1 + a2 b2 + a3 b1) + O(2^-24),
     the main product and its corrections, columns of two dots. Only the main product
     carries the gradient.
@@ -160,7 +160,7 @@ def columns(
     narrow = a.dtype == b.dtype == bf16
     exact = narrow and math.log2(call.scale) % 1 == 0
     a = a.astype(f32) / call.scale
-    if call.dtype == "float32":
+    if call.dtype == "float32" and call.precision == lax.Precision.HIGHEST:
         return ((a, b.astype(f32)),)
     if exact:
         return ((a.astype(bf16), b),)
@@ -179,10 +179,10 @@ def columns(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def pieces(x: jax.Array, n: int) -> tuple[jax.Array, ...]:
-    """n bfloat16 arrays that sum to x up to 2^-8n of it; the first has the gradient.
+def _pieces(x: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """Some n bfloat16 arrays that sum to x up to 2^-8n; the first has the gradient.
 
-    Not by casting and subtracting: XLA may keep the excess precision, and the rest is 0.
+    Not by casting and subtracting: XLA may keep excess precision, and the rest is 0.
     """
     out = []
     for _ in range(n):
@@ -193,14 +193,15 @@ def pieces(x: jax.Array, n: int) -> tuple[jax.Array, ...]:
 
 
 def _pieces_fwd(x: jax.Array, n: int) -> Any:
-    return pieces(x, n), None
+    return _pieces(x, n), None
 
 
 def _pieces_bwd(n: int, _: None, g: tuple[jax.Array, ...]) -> tuple[jax.Array]:
     return (g[0].astype(f32),)
 
 
-pieces.defvjp(_pieces_fwd, _pieces_bwd)
+_pieces.defvjp(_pieces_fwd, _pieces_bwd)
+pieces = cast(Callable[[jax.Array, int], tuple[jax.Array, ...]], _pieces)
 
 
 def _cat(*xs: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where a block of scores lies: positions, layout, loads, stores, masks, orientation."""
+"""Where a block of scores lies: positions, layout, loads, stores, masks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; where the side is known, a number + one per query + one per key."""
+        """|distance| in parts: a number, one per query and one per key on a known side."""
         if self.sight.arrays.placed or (isinstance(self.side, int) and not self.side):
             return (jnp.abs(self.distance),)
         return (
@@ -102,7 +102,7 @@ class Tile:
     def visible(self) -> jax.Array | None:
         """Which pairs may attend, [tile]; None if that hides nothing here.
 
-        Queries past their length are not hidden: their lse is +inf, or they are dropped.
+        Queries past their length are not hidden: their lse is +inf, or they go.
         """
         call, arrays, checks = self.call, self.sight.arrays, []
         if not self.edge:
@@ -126,13 +126,13 @@ class Tile:
             return None
         return jnp.broadcast_to(functools.reduce(jnp.logical_and, checks), self.shape)
 
-    def seen_keys(self, visible: jax.Array | None, *xs: jax.Array) -> Any:
-        """Key rows with those that no query of the tile sees set to 0 (0 * NaN is NaN)."""
-        return self._guard(visible, 1 if self.flip else 0, xs)
+    def seen_keys(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
+        """Key rows, 0 where no query of the tile sees them (0 * NaN is NaN)."""
+        return self._guard(visible, 1 if self.flip else 0, x)
 
-    def seen_queries(self, visible: jax.Array | None, *xs: jax.Array) -> Any:
-        """Query rows with those that see no key of the tile set to 0."""
-        return self._guard(visible, 0 if self.flip else 1, xs)
+    def seen_queries(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
+        """Query rows, 0 where they see no key of the tile."""
+        return self._guard(visible, 0 if self.flip else 1, x)
 
     def rows(self, ref: Any) -> jax.Array:
         """[bq, H] of an array [#B, T, heads, H]."""
@@ -192,9 +192,8 @@ class Tile:
     def keep_keys(self, x: jax.Array) -> jax.Array:
         """[bk, ...] with the rows of keys outside the frame set to 0."""
         lo, hi = self.frame.keys
-        if isinstance(lo, int) and lo == 0 and isinstance(hi, int):
-            if hi == self.call.S:  # what lies past the array's end is not stored
-                return x
+        if isinstance(lo, int) and isinstance(hi, int) and (lo, hi) == (0, self.call.S):
+            return x  # what lies past the array's end is not stored
         k = self.k0 + jnp.arange(self.bk, dtype=i32)
         ok = (k >= lo) & (k < hi)
         return jnp.where(ok.reshape((self.bk,) + (1,) * (x.ndim - 1)), x, 0.0)
@@ -204,10 +203,6 @@ class Tile:
         if self.call.precision is None:
             return plgpu.dot(a, b)
         return plgpu.dot(a, b, precision=self.call.precision)
-
-    def exact_dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """The matrix product in IEEE float32."""
-        return plgpu.dot(a, b, precision=jax.lax.Precision.HIGHEST)
 
     # Private: layout.
 
@@ -244,7 +239,7 @@ class Tile:
         return i0, n, size, limits if self.edge and not stored else (0, size)
 
     def _matrix(self, ref: Any, axis: str, stored: bool = False) -> tuple[Any, Any]:
-        """[n, H] of [#B, length, heads, H], H padded to a power of two; and its mask."""
+        """[n, H] of [#B, length, heads, H], H padded to a power of two; its mask."""
         i0, n, size, limits = self._limits(axis, stored)
         width = ref.shape[-1]
         padded = max(16, pl.next_power_of_2(width))
@@ -309,12 +304,11 @@ class Tile:
             return self.along_q(_load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
         return plgpu.load(ref.at[b, h, zero, zero])
 
-    def _guard(self, visible: Any, axis: int, xs: tuple[jax.Array, ...]) -> Any:
+    def _guard(self, visible: Any, axis: int, x: jax.Array) -> jax.Array:
         if visible is None or not self.sight.veiled:
-            return xs if len(xs) > 1 else xs[0]
+            return x
         seen = jnp.max(visible.astype(i32), axis) > 0
-        new = tuple(jnp.where(seen[:, None], x, jnp.zeros_like(x)) for x in xs)
-        return new if len(new) > 1 else new[0]
+        return jnp.where(seen[:, None], x, jnp.zeros_like(x))
 
 
 def at_keys(tile: Tile, j: Any, side: Any, edge: bool) -> Tile:
@@ -325,6 +319,11 @@ def at_keys(tile: Tile, j: Any, side: Any, edge: bool) -> Tile:
 def at_queries(tile: Tile, i: Any, side: Any, edge: bool) -> Tile:
     """The tile of query block i beside the same keys."""
     return replace(tile, q0=i * tile.bq, side=side, edge=edge)
+
+
+def zeros(n: int, ref: Any) -> jax.Array:
+    """An accumulator of n rows as wide as an array, padded to a power of two."""
+    return jnp.zeros((n, max(16, pl.next_power_of_2(ref.shape[-1]))), f32)
 
 
 def load_blocks(ref: Any, lead: tuple[Any, ...], i: jax.Array, ok: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""Who may see whom, as the kernels read it: masks, lengths, segments, windows, positions."""
+"""Who may see whom, as the kernels read it: lengths, segments, positions, masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Sight:
 
 @dataclass(frozen=True)
 class Frame:
-    """Of one batch entry: where query 0 stands, and the ranges beyond which nobody sees.
+    """Of one batch entry: where query 0 stands, and the ranges that matter.
 
     Entries are Python ints where they are static. Every query in `queries` may see some
     key and every key in `keys` is seen by some query, as far as offset, causality,
@@ -79,7 +79,7 @@ def sight(call: Call, visibility: Visibility) -> Sight:
         )
     mask = visibility.mask
     if mask is not None and 2**31 <= mask.size < 2**32:
-        # Offsets are 32-bit until an array has 2^32 bytes: two bytes an entry pass that.
+        # Offsets are 32-bit until an array has 2^32 bytes, as it has with 2 an entry.
         mask = mask.astype(jnp.int16)
     arrays = Visibility(
         **{**vars(visibility), "mask": mask},
@@ -116,7 +116,7 @@ def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
     assert offset is not None
     first_query, last_query, first_key, last_key = 0, queries, 0, keys
     if call.causal:
-        # The last query sees keys up to its own position; key 0 is seen from position 0.
+        # The last query sees keys up to its own position; all after 0 see key 0.
         last_key = least(last_key, most(offset + queries, 0))
         first_query = most(first_query, 0 - offset)
     if call.window:

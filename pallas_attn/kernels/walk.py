@@ -1,14 +1,14 @@
-"""Which blocks a program visits, in what order, which it leaves out and why that is safe.
+"""Which blocks a program visits, in what order, and which it leaves out.
 
-Near blocks come first: those with masked pairs, and those around the diagonal. Then come
-the far blocks, wholly visible, from one or two sides, each with at most one hole.
+Near blocks come first: those with masked pairs, and those around the diagonal. Then
+come the far blocks, wholly visible, from one or two sides, each with at most one hole.
 
 Why a hole is safe. Let y_x bound every score of far block x (Cauchy-Schwarz on q.k and
-the products, plus the terms' own bounds) and let every row's log2-sum over the blocks it
-has seen be at least `floor`. Block x then holds at most w_x = n 2^(y_x - floor) of a
-row's weight (n entries a block), whatever it contains. A run of blocks whose w add up to
-at most 2^-24 is left out. A sum can only grow, so this stays true of the whole row. NaN
-never compares, so blocks with a value that is not finite are never left out.
+the products, plus the terms' own bounds) and let every row's log2-sum over the blocks
+it has seen be at least `floor`. Block x then holds at most w_x = n 2^(y_x - floor) of a
+row's weight (n entries a block), whatever it contains. A run of blocks whose w add up
+to at most 2^-24 is left out. A sum can only grow, so this stays true of the whole row.
+NaN never compares, so blocks with a value that is not finite are never left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.tile import load_blocks, load_number, uniform
-from pallas_attn.kernels.visible import GRAIN, Extremes, Frame, Sight, least, most
+from pallas_attn.kernels.visible import Extremes, Frame, GRAIN, least, most, Sight
 
 
 i32 = jnp.int32
@@ -82,7 +82,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Remaining:
-    """The far blocks that are visited: how many, the t-th as (block, side), and a bound.
+    """The far blocks that are visited: how many, the t-th as (block, side), a bound.
 
     top: an upper bound of their scores in log2 units; None if there is none.
     """
@@ -177,10 +177,12 @@ def _split(
     """Near and far blocks along an axis cut into blocks.
 
     visited, whole: the ranges of entries that any, and that every, entry of the own
-        block sees. middle: the range around the diagonal, whose blocks are near; None if
-        far blocks need no side. side_of: the side of far blocks before and after the
-        middle; None where all are near. low_edge, high_edge: whether there may be blocks
-        with masked pairs below and above the far ones.
+        block sees.
+    middle: the range around the diagonal, whose blocks are near; None if far blocks
+        need no side.
+    side_of: the side of far blocks before and after the middle; None: all are near.
+    low_edge, high_edge: whether there may be blocks with masked pairs below and above
+        the far ones.
     """
     first, last = _blocks(block, visited, hull)
     whole_first = _clip(-(-whole[0] // block), first, last) if low_edge else first
@@ -244,9 +246,9 @@ def _blocks(block: int, visited: tuple[Any, Any], hull: Any) -> tuple[Any, Any]:
 def hull(
     call: Call, sight: Sight, b: Any, h: Any, i0: Any, n: int, block: int, by_key: bool
 ) -> tuple[Any, Any] | None:
-    """The first and the last + 1 block that shares a segment with, or may by position
-    see or be seen by, the n entries from i0; None if no array can tell.
+    """The range of blocks that the n entries from i0 may meet; None if no array tells.
 
+    Blocks of wholly other segments, or out of sight, at its ends are left out.
     by_key: the own block is of keys, the range is of query blocks.
     """
     tables = [(sight.segments, _share), (sight.positions, _ordered)]
@@ -306,7 +308,7 @@ def _lead(ref: Any, call: Call, b: Any, h: Any) -> tuple[Any, Any]:
 def of_blocks(
     ref: Any, lead: Any, i: jax.Array, ok: jax.Array, block: int, grain: int, worst: Any
 ) -> jax.Array:
-    """One number for each block of a vector i of blocks, from numbers kept per grain."""
+    """One number for each block of a vector of blocks, from numbers kept per grain."""
     if block < grain:
         return load_blocks(ref, lead, i // (grain // block), ok)
     per = block // grain

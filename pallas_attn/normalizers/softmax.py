@@ -34,7 +34,7 @@ class Softmax:
 
 
 def lowest(scale: float) -> float:
-    """Where a running maximum starts: rows of scores at or below it attend to nothing."""
+    """Where a running maximum starts: a row of scores up to it attends to nothing."""
     return NO_WEIGHT * (1 - 1e-6) / scale
 
 
@@ -46,7 +46,7 @@ def peak(m: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
 def rescaled(
     m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Online softmax: (weights of this tile, factor for what came before, new maximum)."""
+    """Online softmax: (weights of this tile, factor for what came before, maximum)."""
     new = peak(m, x, row)
     weights = exp2(x * mul - ((new - row) * mul)[:, None])
     return weights, exp2((m - new) * mul), new
@@ -65,5 +65,5 @@ def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def score_gradient(p: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
-    """dT = P (dP - delta), where delta = <do, o> - dlse."""
+    """The gradient of the scores, dT = P (dP - delta); delta = <do, o> - dlse."""
     return p * (dp - delta)

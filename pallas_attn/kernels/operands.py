@@ -1,0 +1,48 @@
+"""What the passes read, as one value each: arrays outside, refs inside the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from pallas_attn.bias.base import Added
+from pallas_attn.kernels.visible import Sight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Operands:
+    """What every pass reads: arrays outside, refs inside the kernels."""
+
+    q: Any
+    k: Any
+    v: Any
+    added: Added
+    sight: Sight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cotangents:
+    """What the backward passes read beside the operands."""
+
+    do: Any  # [B, T, N, h]
+    lse: Any  # [B, N, T], log2, +inf for empty rows
+    delta: Any  # [B, N, T]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pruning:
+    """What rules blocks out; None where nothing is pruned.
+
+    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
+    reach: the largest |scale [q, A]| (log2) of a forward block of queries.
+    floors: the least log2-sum of a grain of queries.
+    """
+
+    norms: Any = None
+    reach: Any = None
+    floors: Any = None

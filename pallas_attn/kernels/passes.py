@@ -1,0 +1,164 @@
+"""The passes as functions of whole arrays: shapes in, launches, shapes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_attn.call import Call
+from pallas_attn.config import Block
+from pallas_attn.kernels.backward import cols_kernel, rows_kernel, tiles_kernel
+from pallas_attn.kernels.forward import forward_kernel
+from pallas_attn.kernels.launch import launch, like
+from pallas_attn.kernels.operands import Cotangents, Operands, Pruning
+from pallas_attn.kernels.plan import block_of, grid_of, Plan
+from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
+from pallas_attn.kernels.terms import Field, fields, turned
+from pallas_attn.kernels.thin import thin_cols_kernel, thin_rows_kernel
+from pallas_attn.kernels.visible import GRAIN
+
+
+f32 = jnp.float32
+
+# The pre-passes stream whole grains once.
+PRE_PASS = Block(GRAIN, GRAIN, 4, 1)
+
+
+def norms(ops: Operands, call: Call, p: Plan) -> Pruning:
+    """What the forward pass prunes with."""
+    if not p.pruned:
+        return Pruning()
+    sides = [b for _, b in ops.added.products]
+    heads = call.N if sides else call.K
+    grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
+    inputs = (ops.k, ops.v, sides, ops.sight)
+    shape = jax.ShapeDtypeStruct(grid, f32)
+    return Pruning(norms=launch(norms_kernel, grid, inputs, shape, call, PRE_PASS))
+
+
+def forward(ops: Operands, pruning: Pruning, call: Call, p: Plan) -> dict[str, Array]:
+    """o; lse (log2, +inf for empty rows); reach, if pruned; visits."""
+    blocks = grid_of(call, p, "forward").blocks
+    outputs = {
+        "o": jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype),
+        "lse": _per_row(call),
+        "visits": _visits(call, blocks),
+    }
+    if p.pruned:
+        outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
+    return _run(forward_kernel, "forward", (ops, pruning), outputs, call, p)
+
+
+def cotangents(
+    ops: Operands, o: Array, lse: Array, do: Array, dlse: Array | None, call: Call
+) -> tuple[Cotangents, Array]:
+    """do, lse and delta; and the least lse of every grain of queries."""
+    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
+    delta, floors = launch(
+        delta_kernel,
+        grid,
+        (o, do, lse, dlse, ops.sight),
+        (_per_row(call), jax.ShapeDtypeStruct(grid, f32)),
+        call,
+        PRE_PASS,
+    )
+    return Cotangents(do, lse, delta), floors
+
+
+def rows(
+    ops: Operands, cot: Cotangents, pruning: Pruning, call: Call, p: Plan
+) -> dict[str, Any]:
+    """dq, the query sides of products, the fields per head and per query; visits."""
+    products = ops.added.products
+    outputs = {
+        "dq": like(ops.q),
+        "da": {x: side(products[x][0], call.T, call) for x in p.da},
+        "fields": {f: _per_row(call) for f in p.row_fields},
+        "visits": _visits(call, grid_of(call, p, "rows").blocks),
+    }
+    return _run(rows_kernel, "rows", (ops, cot, pruning), outputs, call, p)
+
+
+def cols(
+    ops: Operands, cot: Cotangents, pruning: Pruning, call: Call, p: Plan
+) -> dict[str, Any]:
+    """dv, dk or dS, the key sides of products, the fields per key; visits."""
+    if p.turn:
+        ops = replace(ops, added=turned(ops.added))
+    products = ops.added.products
+    per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
+    outputs = {
+        "dv": like(ops.v),
+        "db": {x: side(products[x][1], call.S, call) for x in p.db},
+        "fields": dict.fromkeys(p.col_fields, per_key),
+        "visits": _visits(call, grid_of(call, p, "cols").blocks),
+    }
+    if p.dk:
+        outputs["dk"] = like(ops.k)
+    if p.store:
+        shape = (call.B, call.N, call.T, call.S)
+        outputs["ds"] = jax.ShapeDtypeStruct(shape, p.store)
+    return _run(cols_kernel, "cols", (ops, cot, pruning), outputs, call, p)
+
+
+def tiles(ops: Operands, cot: Cotangents, field: Field, call: Call, p: Plan) -> Array:
+    """The gradient of a pair field.
+
+    Few tiles (a short T) are split over runs of the batch so that the device is full:
+    float32 partial sums, added in a fixed order.
+    """
+    x = fields(ops.added)[field]
+    block = block_of(call, p, "tiles")
+    b, h, t, s = x.shape
+    rows, cols = pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_k)
+    share = (call.B if b == 1 else 1) * (call.N if h == 1 else 1)
+    runs = min(pl.cdiv(1024, rows * cols * b * h), pl.cdiv(share, 8))
+    out = launch(
+        tiles_kernel,
+        (cols, rows, b * h * runs),
+        (ops, cot),
+        jax.ShapeDtypeStruct((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
+        call,
+        block,
+        plan=p,
+        field=field,
+        runs=runs,
+    )
+    if runs == 1:
+        return out
+    return out.reshape(runs, b, h, t, s).sum(0).astype(x.dtype)
+
+
+def thin_rows(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+    """Scale dS Y, shaped as `out`, for an array per key."""
+    return _run(thin_rows_kernel, "thin_rows", (ds, y, ops.sight), like(out), call, p)
+
+
+def thin_cols(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+    """Scale dS^T Y, shaped as `out`, for an array per query."""
+    return _run(thin_cols_kernel, "thin_cols", (ds, y, ops.sight), like(out), call, p)
+
+
+def side(x: Array, length: int, call: Call) -> jax.ShapeDtypeStruct:
+    """The gradient of one side of a product before it is summed over shared axes."""
+    whole = x.shape[0] == call.B and x.shape[2] == call.N
+    shape = (call.B, length, call.N, x.shape[-1])
+    return jax.ShapeDtypeStruct(shape, x.dtype if whole else f32)
+
+
+def _run(kernel: Any, name: str, inputs: Any, outputs: Any, call: Call, p: Plan) -> Any:
+    grid, block = grid_of(call, p, name), block_of(call, p, name)
+    return launch(kernel, grid.shape, inputs, outputs, call, block, plan=p)
+
+
+def _per_row(call: Call) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+
+
+def _visits(call: Call, blocks: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), jnp.int32)

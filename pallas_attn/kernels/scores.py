@@ -1,0 +1,85 @@
+"""Scores of a tile, the weights they become, and the gradient that comes back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.call import Call, NO_WEIGHT
+from pallas_attn.kernels.terms import parts
+from pallas_attn.kernels.tile import exp2, Tile
+from pallas_attn.normalizers.softmax import LOG2E, score_gradient
+
+
+f32 = jnp.float32
+
+
+def dots(t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]) -> jax.Array:
+    """q.k plus the products, in one accumulator, oriented as the tile."""
+    s = t.dot(k, q.T) if t.flip else t.dot(q, k.T)
+    for a, b in zip(qs, ks, strict=True):
+        s = (t.dot(b, a.T) if t.flip else t.dot(a, b.T)) + s
+    return s
+
+
+def weightless(rest: list[jax.Array], several: bool) -> list[jax.Array]:
+    """Parts of a score; of several terms, each alone can take a key's weight away."""
+    if not several:  # one term's -1e30 is the score's own
+        return rest
+    return [jnp.where(r <= NO_WEIGHT, -jnp.inf, r) for r in rest]
+
+
+def reach_of(call: Call, q: jax.Array, qs: list[jax.Array]) -> jax.Array:
+    """The largest |scale [q, A]| in log2, above the rounding of any dot, TF32's too."""
+    squares = sum([squared_norm(a) for a in qs], squared_norm(q))
+    return jnp.sqrt(jnp.max(squares)) * (call.scale * LOG2E * (1 + 2.0**-8))
+
+
+def squared_norm(x: jax.Array) -> jax.Array:
+    """|x|^2 of every row, float32."""
+    return jnp.sum(x.astype(f32) ** 2, 1)
+
+
+def weights_and_ds(
+    t: Tile,
+    operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    factors: tuple[list[jax.Array], list[jax.Array]],
+    terms: tuple[Any, ...],
+    lse: jax.Array,
+    delta: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(P, dS, visible) of one tile, given its q, k, v, do.
+
+    With a full bias tile both dots are issued first, and the bias is combined with lse
+    while they run; without one, that would only cost registers.
+    """
+    q, k, v, do = operands
+
+    def dp_dot() -> jax.Array:
+        return t.dot(v, do.T) if t.flip else t.dot(do, v.T)
+
+    s = dots(t, q, k, *factors)
+    row, rest = parts(terms, t)
+    rest = weightless(rest, len(terms) + len(factors[0]) > 1)
+    minus = t.along_q(lse) - row * LOG2E
+    full = [r for r in rest if r.shape == t.shape]
+    dp = dp_dot() if full else None
+    e = s * (t.call.scale * LOG2E)
+    for r in rest:
+        if r.shape != t.shape:
+            e = e + r * LOG2E
+    if full:
+        e = e + (functools.reduce(jnp.add, [r * LOG2E for r in full]) - minus)
+    else:
+        e = e - minus
+    visible = t.visible
+    if visible is not None:
+        e = jnp.where(visible, e, -jnp.inf)
+    p = exp2(t.call, e)
+    ds = score_gradient(p, dp_dot() if dp is None else dp, t.along_q(delta))
+    if visible is not None and t.sight.veiled:  # 0 * NaN of what nobody sees
+        ds = jnp.where(visible, ds, 0.0)
+    return p, ds, visible
