@@ -171,7 +171,7 @@ def compile_kernel(kernel: Kernel, arch: int = 90) -> Record:
         {
             "num_warps": kernel.num_warps,
             "num_stages": kernel.num_stages,
-            "enable_fp_fusion": True,  # as XLA; said aloud, for its default is to change
+            "enable_fp_fusion": True,  # as XLA does
         }
     )
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}

@@ -32,7 +32,7 @@ GRADIENT_RATIO = 3.0
 # largest there are, per side and per query head of a group.
 PRUNING = 1e-6
 # A pruned and an unpruned computation also round apart: their exponents are taken from
-# different references. Each does so by about as much as the unpruned one is off float64.
+# different references. Each does so by about as much as the unpruned one errs.
 PRUNING_ROUNDING = 3.0
 
 # Bytes that a kernel may keep in local memory because registers ran out, stores and
