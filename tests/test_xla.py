@@ -125,8 +125,7 @@ def test_an_eighth_of_the_temporaries_of_jax_nn(bias, situation):
         )
 
     loss = lambda x: peer(**x).sum()
-    theirs = jax.jit(jax.grad(loss)).lower(sample.operands).compile()
-    theirs = theirs.memory_analysis().temp_size_in_bytes
+    theirs = compiled_bytes(jax.jit(jax.grad(loss)).lower(sample.operands))
     assert temporary_bytes(sample, residual=False, **XLA) <= theirs / 8
 
 
@@ -135,8 +134,8 @@ def test_an_alibi_of_32768_keys_needs_no_array_of_scores():
     sizes = {"B": 1, "N": 8, "K": 8, "T": 32768, "S": 32768, "H": 64, "h": 64}
     sample = Case("alibi", "causal").at(**sizes).specs()
     attend = jax.jit(attention(sample.settings, **XLA))
-    compiled = attend.lower(sample.operands, sample.conditions).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= 512 * MIB
+    lowered = attend.lower(sample.operands, sample.conditions)
+    assert compiled_bytes(lowered) <= 512 * MIB
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -178,16 +177,16 @@ def test_far_keys_are_left_out():
 
 def test_a_bias_of_all_pairs_has_one_loop():
     """Several would each make a whole gradient."""
-    call = Call(1, 8, 8, 2048, 2048, 64, 64, 1.0, "float32", causal=True)
+    call = Call(1, 2, 2, 512, 512, 64, 64, 1.0, "float32", causal=True)
     groups = lambda *shape: len(
         chunks.chunks(
             call,
             Visibility(),
-            Added((DenseBias(jax.ShapeDtypeStruct(shape, jnp.float32)),)),
+            Added((DenseBias(jnp.broadcast_to(jnp.float32(0), shape)),)),
         ).groups
     )
-    assert groups(1, 8, 2048, 2048) == 1
-    assert groups(1, 8, 1, 2048) == groups(1, 8, 2048, 1) == chunks.GROUPS
+    assert groups(1, 2, 512, 512) == 1
+    assert 1 < groups(1, 2, 1, 512) == groups(1, 2, 512, 1)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -209,7 +208,13 @@ def test_sums_over_chunks_are_float32():
 def temporary_bytes(sample, **options):
     """Of a compiled forward and backward."""
     evaluate = jax.jit(with_gradients(sample.settings, **options))
-    compiled = evaluate.lower(
-        sample.operands, sample.conditions, sample.cotangents
-    ).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return compiled_bytes(
+        evaluate.lower(sample.operands, sample.conditions, sample.cotangents)
+    )
+
+
+def compiled_bytes(lowered):
+    """Temporaries that the compiler allocates."""
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes

@@ -78,8 +78,7 @@ def attend(
         )
         out = run(group.keys, starts)
         parts.append(jax.tree.map(lambda x, g=grid: x.reshape(g + x.shape[1:]), out))
-    output, lse = jax.tree.map(joined, *parts)
-    return output.astype(query.dtype), lse
+    return jax.tree.map(joined, *parts)
 
 
 def _widened(added: Added, dtype: Any, once: bool) -> Added:
