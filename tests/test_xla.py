@@ -58,14 +58,14 @@ def test_chunks_of_any_length(length):
 @pytest.mark.usefixtures("small_chunks")
 def test_float64_is_float64():
     case = Case("sum", "all at once")
-    sample = case.sample()
+    sample, want = case.sample(), true_gradients(case)
     with jax.enable_x64(True):
         wide = lambda x: x.astype(np.float64)
         operands, cotangents = jax.tree.map(wide, (sample.operands, sample.cotangents))
         evaluate = with_gradients(sample.settings, **XLA)
         got = jax.jit(evaluate)(operands, sample.conditions, cotangents)
         assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(got))
-        assert_formula(got, true_gradients(case))
+        assert_formula(got, want)
 
 
 @pytest.mark.usefixtures("small_chunks")
