@@ -116,7 +116,8 @@ def test_half_precision_uses_the_tensor_cores_of_hopper():
 
 
 def test_a_block_that_was_given_is_the_block_that_is_launched():
-    given = Config(*(Block(32, 64, 2, 1) for _ in range(4)))
+    block = Block(32, 64, 2, 1)
+    given = Config(block, block, block, block)
     case = Case("dense-1NTS", "full").at(dtype="bfloat16")
     passes = {"forward_kernel", "rows_kernel", "cols_kernel", "tiles_kernel"}
     found = {k.name: k for k in lowered(case, config=given) if k.name in passes}

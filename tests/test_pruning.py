@@ -23,7 +23,7 @@ from pallas_attn.testing.numerics import assert_pruning_unseen, largest_errors, 
 BLOCK = Block(32, 32)
 PRUNED = Config(BLOCK, BLOCK, BLOCK, BLOCK)
 UNPRUNED = replace(PRUNED, prune=False)
-OPTIONS = {"implementation": kernel_implementation(), **EXACT}
+OPTIONS: dict[str, Any] = {"implementation": kernel_implementation(), **EXACT}
 STEEP = ALiBi(jnp.array([2.0, 0.25]))
 CAUSAL = {"is_causal": True}
 

@@ -75,12 +75,13 @@ def test_vmap_is_a_loop(bias, mapped, implementation):
 
     @jax.jit
     def pull(operands, mask, do):
-        out, pullback = jax.vjp(lambda *x: one(*x, mask), *operands)
+        out, pullback = jax.vjp(lambda q, k, v, b: one(q, k, v, b, mask), *operands)
         return out, pullback(do)
 
     @jax.jit
     def pull_mapped(operands, mask, do):
-        f = lambda *x: jax.vmap(one, axes)(*x, mask)
+        mapped = jax.vmap(one, axes)
+        f = lambda q, k, v, b: mapped(q, k, v, b, mask)
         out, pullback = jax.vjp(f, *operands)
         return out, pullback(do)
 

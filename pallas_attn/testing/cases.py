@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_attn.bias.alibi import ALiBi
-from pallas_attn.bias.base import Bias, head_home, key_home, pair_home, query_home
+from pallas_attn.bias.base import (
+    Bias,
+    head_home,
+    key_home,
+    pair_home,
+    query_home,
+    Sum,
+)
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 
@@ -122,10 +129,12 @@ def alibi(form: str = "N", first: float = 0.05) -> Callable[[Array, Shape], Bias
 
 def added(*samples: Callable[[Array, Shape], Any]) -> Callable[[Array, Shape], Bias]:
     """Samples the sum of several biases."""
-    return lambda key, s: sum(
-        f(k, s)
-        for f, k in zip(samples, jax.random.split(key, len(samples)), strict=True)
-    )
+
+    def sample(key: Array, s: Shape) -> Bias:
+        keys = jax.random.split(key, len(samples))
+        return sum((f(k, s) for f, k in zip(samples, keys, strict=True)), Sum(()))
+
+    return sample
 
 
 def squared_distance(key: Array, s: Shape) -> Bias:

@@ -27,7 +27,7 @@ def kernel_names(f: Callable[..., Any], *arguments: Any) -> list[str]:
 def largest_array(f: Callable[..., Any], *arguments: Any) -> tuple[int, ...]:
     """The shape of the largest array that a function makes."""
     shapes = [
-        tuple(x.aval.shape)
+        tuple(getattr(x.aval, "shape", ()))
         for equation in equations(f, *arguments)
         for x in equation.outvars
     ]

@@ -117,7 +117,8 @@ def lower(f: Callable[..., Any], *specs: Any, arch: int = 90) -> tuple[Kernel, .
         lowered = (
             jax.jit(lambda *a: f(*a)).trace(*specs).lower(lowering_platforms=("cuda",))
         )
-    return tuple(_kernels(lowered.compiler_ir().operation))
+    module: Any = lowered.compiler_ir()
+    return tuple(_kernels(module.operation))
 
 
 def unavailable() -> str | None:
@@ -223,7 +224,7 @@ def triton_ir(kernel: Kernel) -> str:
     from jaxlib.triton import dialect
 
     context = ir.Context()
-    dialect.register_dialect(context)  # pyright: ignore[reportAttributeAccessIssue]
+    dialect.register_dialect(context)
     context.load_all_available_dialects()
     context.allow_unregistered_dialects = True
     with context:
