@@ -1,4 +1,4 @@
-"""What a call is: its static facts as one hashable value, and the arrays that say who may see whom."""
+"""What a call is: its static facts, and the arrays that say who may see whom."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_WEIGHT = -1e30
 
 @dataclass(frozen=True)
 class Call:
-    """Everything static about one call. The letters are those of the README's legend."""
+    """Everything static about one call, in the letters of the README's legend."""
 
     B: int
     N: int
@@ -46,7 +46,7 @@ class Call:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Visibility:
-    """The arrays that decide which key a query may attend to; None where a call has none.
+    """The arrays that decide which key a query may attend to; None where there is none.
 
     Positions are either implicit (`offset` or `Call.offset`: query i stands at
     offset + i, key j at j) or explicit (both position arrays), never mixed.

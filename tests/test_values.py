@@ -12,6 +12,7 @@ from pallas_attn.testing.evaluate import (
     EXACT,
     implementations,
     SMALL,
+    textbook,
     true_values,
     values,
 )
@@ -36,12 +37,12 @@ def test_float32_is_exact(case, implementation):
 @everywhere
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", KINDS)
-def test_16_bits_round_like_jax_nn(bias, dtype, implementation):
+def test_16_bits_round_like_xla(bias, dtype, implementation):
     case = Case(bias, "causal").at(dtype=dtype)
     sample = case.sample()
     got, _ = values(sample, implementation=implementation, config=SMALL)
     assert got.dtype == dtype
-    peer = jax.jit(jax_nn)(sample.operands)
+    peer = jax.jit(textbook)(sample.operands)
     want, _ = true_values(case)
     assert_rounding(got, peer, want, OUTPUT_RATIO)
 

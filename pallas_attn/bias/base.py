@@ -53,7 +53,7 @@ class Bias:
 
     # `tile` reads `t.away`: it is cheaper where every query is on one side of every key
     sided = False
-    # fields whose gradient is that of the score itself (`tile` returns them as they are)
+    # fields whose gradient is the score's own (`tile` returns them as they are)
     identity: tuple[str, ...] = ()
 
     # NumPy arrays leave `array + bias` to __radd__
@@ -73,21 +73,21 @@ class Bias:
     def contract(
         self,
     ) -> tuple[Float[Array, "#B T #N R"], Float[Array, "#B S #N R"]] | None:
-        """(A, B), if the term is the product sum_r A_ir B_jr; computed on whole arrays."""
+        """(A, B) of a term that is a product sum_r A_ir B_jr; on whole arrays."""
         return None
 
     def tile(self, t: Any) -> Any:
         """The term on a tile: a float32 array, or a tuple of parts that add up.
 
-        Inside, a field is what its home says, loaded: one number per head, query, key or
-        pair, shaped to broadcast against the tile. `t.distance` (float32: query position
-        minus key position), `t.query_position` and `t.key_position` (int32) are there,
-        and `t.away`, |distance| as a tuple of parts each as small as it can be.
+        Inside, a field is what its home says, loaded: one number per head, query, key
+        or pair, shaped to broadcast against the tile. `t.distance` (float32: query
+        position minus key position), `t.query_position` and `t.key_position` (int32)
+        are there, and `t.away`, |distance| as parts each as small as it can be.
         """
         return ()
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        """The largest value on query positions q0..q1 and key positions k0..k1, inclusive.
+        """The largest value on query positions q0..q1, key positions k0..k1, inclusive.
 
         Arguments are integers or vectors of integers over blocks; head fields are
         numbers. Optional: a term that does not override it is never pruned by.

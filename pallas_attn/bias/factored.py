@@ -12,8 +12,8 @@ class FactoredBias(Bias):
         q_factor: [#B, T, #N, R], any floating dtype, any R >= 1.
         k_factor: [#B, S, #N, R].
 
-    The product has float32 accuracy for float32 factors whatever `precision` says; it is
-    never scaled. Source: FlashBias (arXiv 2505.12044).
+    The product has float32 accuracy for float32 factors whatever `precision` says; it
+    is never scaled. Source: FlashBias (arXiv 2505.12044).
     """
 
     q_factor: Float[Array, "#B T #N R"] = query_home()

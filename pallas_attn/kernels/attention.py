@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,9 +13,10 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, Visibility
 from pallas_attn.kernels import passes
-from pallas_attn.kernels.operands import Operands, Pruning
+from pallas_attn.kernels.columns import factor_gradient, with_columns
+from pallas_attn.kernels.operands import Operands, Residuals
 from pallas_attn.kernels.plan import is_row_constant, plan, Wanted
-from pallas_attn.kernels.terms import Field, fields, home, with_columns, with_fields
+from pallas_attn.kernels.terms import Field, fields, home, with_fields
 from pallas_attn.kernels.visible import sight
 
 
@@ -36,9 +36,7 @@ def attend(
     if not 1e-6 < call.scale < 1e6:  # scores in units of q.k would leave float32
         query = (query.astype(f32) * call.scale).astype(query.dtype)
         call = replace(call, scale=1.0)
-    ops = Operands(
-        query, key, value, with_columns(added, call), sight(call, visibility)
-    )
+    ops = Operands(query, key, value, added, sight(call, visibility))
     o, lse = _attend(ops, call)
     return o, jnp.swapaxes(lse, 1, 2)
 
@@ -52,14 +50,11 @@ def visited_blocks(
     call: Call,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops = Operands(
-        query, key, value, with_columns(added, call), sight(call, visibility)
-    )
-    out, pruning = _forward(ops, call)
-    p = plan(call, ops.sight, ops.added, Wanted(q=True, k=True, v=True))
-    do = jnp.zeros_like(out["o"])
-    cot, floors = passes.cotangents(ops, out["o"], out["lse"], do, None, call)
-    pruning = replace(pruning, floors=floors if p.pruned else None)
+    ops = Operands(query, key, value, added, sight(call, visibility))
+    wanted = Wanted(q=True, k=True, v=True)
+    _, res = _forward(ops, call, wanted)
+    ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)
+    cot, pruning = passes.cotangents(res, jnp.zeros_like(res.o), None, call, p)
     rows = passes.rows(ops, cot, pruning, call, p)
     cols = passes.cols(ops, cot, pruning, call, p)
 
@@ -67,25 +62,11 @@ def visited_blocks(
         count = visits.sum(2, dtype=jnp.int32).astype(f32)
         return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
 
-    return share(out["visits"]), share(rows["visits"]), share(cols["visits"])
+    return share(res.visits), share(rows["visits"]), share(cols["visits"])
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Residuals:
-    """What the backward pass keeps of the forward pass; `wanted` is static."""
-
-    ops: Operands
-    o: Array
-    lse: Array
-    pruning: Pruning
-    wanted: Wanted = field(metadata={"static": True})
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend(ops: Operands, call: Call) -> Any:
-    out, _ = _forward(ops, call)
-    return out["o"], _natural(out["lse"])
+def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
+    return _forward(ops, call, Wanted())[0]
 
 
 def _attend_fwd(ops: Any, call: Call) -> Any:
@@ -100,9 +81,7 @@ def _attend_fwd(ops: Any, call: Call) -> Any:
         a=tuple(i for i, (a, _) in enumerate(products) if a),
         b=tuple(i for i, (_, b) in enumerate(products) if b),
     )
-    out, pruning = _forward(values, call)
-    residuals = Residuals(values, out["o"], out["lse"], pruning, wanted)
-    return (out["o"], _natural(out["lse"])), residuals
+    return _forward(values, call, wanted)
 
 
 def _attend_bwd(call: Call, residuals: Residuals, cotangents: Any) -> Any:
@@ -113,22 +92,36 @@ def _attend_bwd(call: Call, residuals: Residuals, cotangents: Any) -> Any:
     return (_backward(residuals, do, dlse, call),)
 
 
+_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-def _forward(ops: Operands, call: Call) -> tuple[dict[str, Array], Pruning]:
-    p = plan(call, ops.sight, ops.added)
-    pruning = passes.norms(ops, call, p)
-    out = passes.forward(ops, pruning, call, p)
-    return out, replace(pruning, reach=out.get("reach"))
+def _forward(
+    ops: Operands, call: Call, wanted: Wanted
+) -> tuple[tuple[Array, Array], Residuals]:
+    """((output, lse), residuals)."""
+    factors = ops.added.products
+    added, places = with_columns(ops.added, call)
+    ops = replace(ops, added=added)
+    wanted = replace(
+        wanted,
+        a=tuple(places[i] for i in wanted.a),
+        b=tuple(places[i] for i in wanted.b),
+        places=places,
+    )
+    p = plan(call, ops.sight, added, wanted)
+    out = passes.forward(ops, passes.norms(ops, call, p), call, p)
+    lse = out["lse"]
+    natural = jnp.where(lse < jnp.inf, lse * LN2, -jnp.inf)
+    residuals = Residuals(ops, factors, wanted=wanted, **out)
+    return (residuals.o, natural), residuals
 
 
 def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Operands:
     """The gradient of every operand; None where nobody asked."""
     ops, wanted, products = res.ops, res.wanted, res.ops.added.products
     p = plan(call, ops.sight, ops.added, wanted)
-    cot, floors = passes.cotangents(ops, res.o, res.lse, do, dlse, call)
-    pruning = replace(res.pruning, floors=floors if p.pruned else None)
+    cot, pruning = passes.cotangents(res, do, dlse, call, p)
     rows = passes.rows(ops, cot, pruning, call, p) if p.rows else {}
     cols = passes.cols(ops, cot, pruning, call, p) if p.cols else {}
     ds: Any = cols.get("ds")
@@ -138,7 +131,7 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
         rows["da"] = {}
         for i in p.da:
             a, b = products[i]
-            out = passes.side(a, call.T, call)
+            out = passes.columns_of(a, call.T, call)
             rows["da"][i] = passes.thin_rows(ds, b, out, ops, call, p)
     if p.own and not p.dk and wanted.k:
         cols["dk"] = passes.thin_cols(ds, ops.q, ops.k, ops, call, p)
@@ -156,13 +149,17 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
         g = (rows if along_queries else cols)["fields"][f]
         return _to_field(home(ops.added, f), g, x, along_queries)
 
-    def side_gradient(i: int, side: int) -> Array | None:
-        g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(i)
-        return None if g is None else _reduced(g, products[i][side], (0, 2))
+    def side_gradient(n: int, side: int) -> Array | None:
+        place = wanted.places[n]
+        g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
+        if g is None:
+            return None
+        g = factor_gradient(g, *res.factors[n], side, call)
+        return _reduced(g, res.factors[n][side], (0, 2))
 
     grads = {f: field_gradient(f, x) for f, x in fields(ops.added).items()}
     sides: Any = tuple(
-        (side_gradient(i, 0), side_gradient(i, 1)) for i in range(len(products))
+        (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
     )
     return Operands(
         rows.get("dq"),
@@ -171,11 +168,6 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
         Added(with_fields(ops.added, grads), sides),
         jax.tree.map(lambda _: None, ops.sight),
     )
-
-
-def _natural(lse: Array) -> Array:
-    """Natural units; -inf for empty rows."""
-    return jnp.where(lse < jnp.inf, lse * LN2, -jnp.inf)
 
 
 def _row_constant(home: str, x: Array, dlse: Array | None, lse: Array) -> Array:
@@ -196,6 +188,6 @@ def _to_field(home: str, g: Array, x: Array, along_queries: bool) -> Array:
 
 
 def _reduced(g: Array, x: Array, axes: tuple[int, ...]) -> Array:
-    """G summed over the axes where x has 1."""
+    """The sum of g over the axes where x has 1."""
     summed = [a for a in axes if x.shape[a] == 1 < g.shape[a]]
     return g.sum(summed, keepdims=True).astype(x.dtype)

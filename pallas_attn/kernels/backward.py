@@ -24,7 +24,7 @@ from pallas_attn.kernels.owner import (
     report,
 )
 from pallas_attn.kernels.plan import block_of, Plan
-from pallas_attn.kernels.scores import reach_of, weights_and_ds
+from pallas_attn.kernels.scores import reach_of, times, weights_and_ds
 from pallas_attn.kernels.terms import Field, hold, home, on_tile, pullback
 from pallas_attn.kernels.tile import at_keys, at_queries, Tile, zeros
 
@@ -53,28 +53,39 @@ def rows_kernel(
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
         terms = on_tile(ops.added, t, held)
-        _, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, lse, delta)
-        low = ds.astype(k.dtype)
-        grads = pullback(terms, plan.row_fields, t, ds)
+        p, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, lse, delta)
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
-            return x + t.dot(low, t.seen_keys(visible, y).astype(k.dtype))
+            return x + times(t, ds, t.seen_keys(visible, y), k.dtype)
 
         return {
             "dq": add(state["dq"], k),
             "da": {x: add(y, ks[x]) for x, y in state["da"].items()},
-            "fields": {f: y + grads[f] for f, y in state["fields"].items()},
+            "sums": add_sums(state["sums"], t, terms, p, ds),
+        }
+
+    def add_sums(sums: Any, t: Tile, terms: Any, p: jax.Array, ds: jax.Array) -> Any:
+        """Sums over keys: of dS, and per field of its gradient by dS and by P."""
+        if not plan.row_fields:
+            return sums
+        total, fields = sums
+        back = pullback(terms, plan.row_fields, t)
+        by_ds, by_p = back(ds), back(p)
+        return total + jnp.sum(ds, 1), {
+            f: (x + by_ds[f], y + by_p[f]) for f, (x, y) in fields.items()
         }
 
     def near(j: Any, side: Any, state: Any) -> Any:
         return step(at_keys(t0, j, side, edge=True), state)
 
+    nothing = jnp.zeros((t0.bq,), f32)
+    sums = nothing, dict.fromkeys(plan.row_fields, (nothing, nothing))
     state = w.near_loop(
         near,
         {
             "dq": zeros(t0.bq, ops.q),
             "da": {x: zeros(t0.bq, products[x][0]) for x in plan.da},
-            "fields": {f: jnp.zeros((t0.bq,), f32) for f in plan.row_fields},
+            "sums": sums if plan.row_fields else (),
         },
     )
     if plan.pruned:
@@ -92,8 +103,13 @@ def rows_kernel(
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
-    for f, y in state["fields"].items():
-        t0.put_stat(out["fields"][f], jnp.where(some, y, 0.0))
+    if plan.row_fields:
+        # A row of dS adds up to dlse. What rounding (of o in delta) left beyond that is
+        # a multiple of P in dS, and small beside dS only until a row is summed.
+        total, fields = state["sums"]
+        beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
+        for f, (x, y) in fields.items():
+            t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), w, far)
 
 
@@ -133,7 +149,7 @@ def cols_kernel(
                 t, (q, k, v, do), (qs, ks), terms, lse, delta
             )
             low = ds.astype(q.dtype)
-            grads = pullback(terms, plan.col_fields, t, ds)
+            grads = pullback(terms, plan.col_fields, t)(ds)
             if plan.store:
                 kept = low if out["ds"].dtype == low.dtype else ds
                 if ragged:
@@ -141,8 +157,8 @@ def cols_kernel(
                 t.put_pair(out["ds"], kept)
 
             def add(x: jax.Array, y: jax.Array) -> jax.Array:
-                y = t.seen_queries(visible, y).astype(q.dtype)
-                return x + t.dot(transposed(low), y)
+                y = t.seen_queries(visible, y)
+                return x + times(t, transposed(ds), y, q.dtype)
 
             new = {"dk": add(state["dk"], q)} if plan.dk else {}
             do = t.seen_queries(visible, do)
@@ -246,7 +262,7 @@ def tiles_kernel(
         )
         if visible is not None and not t.sight.veiled:
             ds = jnp.where(visible, ds, 0.0)
-        return acc + pullback(terms, (field,), t, ds)[field]
+        return acc + pullback(terms, (field,), t)(ds)[field]
 
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)

@@ -15,7 +15,13 @@ from pallas_attn.kernels.owner import far_keys, keys_of, query_tile, report
 from pallas_attn.kernels.plan import Plan
 from pallas_attn.kernels.scores import dots, reach_of, weightless
 from pallas_attn.kernels.terms import hold, on_tile, parts
-from pallas_attn.kernels.tile import at_keys, exp2, store_number, Tile, zeros
+from pallas_attn.kernels.tile import (
+    at_keys,
+    exp2,
+    store_number,
+    Tile,
+    zeros,
+)
 from pallas_attn.normalizers.softmax import (
     LOG2E,
     log_sum,

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from pallas_attn.bias.base import Added
+from pallas_attn.kernels.terms import Field
 from pallas_attn.kernels.visible import Sight
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients somebody asked for.
+
+    a, b: places of columns whose query, key side wants one; places: of all products.
+    """
+
+    q: bool = False
+    k: bool = False
+    v: bool = False
+    fields: tuple[Field, ...] = ()
+    a: tuple[int, ...] = ()
+    b: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +48,28 @@ class Cotangents:
     do: Any  # [B, T, N, h]
     lse: Any  # [B, N, T], log2, +inf for empty rows
     delta: Any  # [B, N, T]
+    dlse: Any = None  # [B, N, T], natural units; None: no cotangent
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Residuals:
+    """What the backward pass keeps of the forward pass.
+
+    ops: the operands, products as columns.
+    factors: the products as they came.
+    o: [B, T, N, h].
+    lse: [B, N, T], log2, +inf for empty rows.
+    """
+
+    ops: Operands
+    factors: tuple[tuple[Any, Any], ...]
+    o: Any
+    lse: Any
+    visits: Any
+    wanted: Wanted = field(metadata={"static": True})
+    norms: Any = None
+    reach: Any = None
 
 
 @jax.tree_util.register_dataclass

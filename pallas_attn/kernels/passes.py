@@ -15,7 +15,7 @@ from pallas_attn.config import Block
 from pallas_attn.kernels.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.kernels.forward import forward_kernel
 from pallas_attn.kernels.launch import launch, like
-from pallas_attn.kernels.operands import Cotangents, Operands, Pruning
+from pallas_attn.kernels.operands import Cotangents, Operands, Pruning, Residuals
 from pallas_attn.kernels.plan import block_of, grid_of, Plan
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
 from pallas_attn.kernels.terms import Field, fields, turned
@@ -29,45 +29,44 @@ f32 = jnp.float32
 PRE_PASS = Block(GRAIN, GRAIN, 4, 1)
 
 
-def norms(ops: Operands, call: Call, p: Plan) -> Pruning:
-    """What the forward pass prunes with."""
+def norms(ops: Operands, call: Call, p: Plan) -> Array | None:
+    """The largest |[k, B]| of every grain of keys; None where nothing is pruned."""
     if not p.pruned:
-        return Pruning()
+        return None
     sides = [b for _, b in ops.added.products]
     heads = call.N if sides else call.K
     grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, sides, ops.sight)
     shape = jax.ShapeDtypeStruct(grid, f32)
-    return Pruning(norms=launch(norms_kernel, grid, inputs, shape, call, PRE_PASS))
+    return launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
 
 
-def forward(ops: Operands, pruning: Pruning, call: Call, p: Plan) -> dict[str, Array]:
-    """o; lse (log2, +inf for empty rows); reach, if pruned; visits."""
+def forward(ops: Operands, norms: Array | None, call: Call, p: Plan) -> dict[str, Any]:
+    """The fields of `Residuals` that the forward pass makes."""
     blocks = grid_of(call, p, "forward").blocks
-    outputs = {
-        "o": jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype),
-        "lse": _per_row(call),
-        "visits": _visits(call, blocks),
-    }
+    o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
+    outputs = {"o": o, "lse": _per_row(call), "visits": _visits(call, blocks)}
     if p.pruned:
         outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
-    return _run(forward_kernel, "forward", (ops, pruning), outputs, call, p)
+    inputs = (ops, Pruning(norms))
+    return _run(forward_kernel, "forward", inputs, outputs, call, p) | {"norms": norms}
 
 
 def cotangents(
-    ops: Operands, o: Array, lse: Array, do: Array, dlse: Array | None, call: Call
-) -> tuple[Cotangents, Array]:
-    """do, lse and delta; and the least lse of every grain of queries."""
+    res: Residuals, do: Array, dlse: Array | None, call: Call, p: Plan
+) -> tuple[Cotangents, Pruning]:
+    """What the backward passes read beside the operands, and what they prune with."""
     grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
     delta, floors = launch(
         delta_kernel,
         grid,
-        (o, do, lse, dlse, ops.sight),
+        (res.o, do, res.lse, dlse, res.ops.sight),
         (_per_row(call), jax.ShapeDtypeStruct(grid, f32)),
         call,
         PRE_PASS,
     )
-    return Cotangents(do, lse, delta), floors
+    pruning = Pruning(res.norms, res.reach, floors) if p.pruned else Pruning()
+    return Cotangents(do, res.lse, delta, dlse), pruning
 
 
 def rows(
@@ -77,7 +76,7 @@ def rows(
     products = ops.added.products
     outputs = {
         "dq": like(ops.q),
-        "da": {x: side(products[x][0], call.T, call) for x in p.da},
+        "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
         "fields": {f: _per_row(call) for f in p.row_fields},
         "visits": _visits(call, grid_of(call, p, "rows").blocks),
     }
@@ -94,7 +93,7 @@ def cols(
     per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
     outputs = {
         "dv": like(ops.v),
-        "db": {x: side(products[x][1], call.S, call) for x in p.db},
+        "db": {x: columns_of(products[x][1], call.S, call) for x in p.db},
         "fields": dict.fromkeys(p.col_fields, per_key),
         "visits": _visits(call, grid_of(call, p, "cols").blocks),
     }
@@ -144,11 +143,9 @@ def thin_cols(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan)
     return _run(thin_cols_kernel, "thin_cols", (ds, y, ops.sight), like(out), call, p)
 
 
-def side(x: Array, length: int, call: Call) -> jax.ShapeDtypeStruct:
-    """The gradient of one side of a product before it is summed over shared axes."""
-    whole = x.shape[0] == call.B and x.shape[2] == call.N
-    shape = (call.B, length, call.N, x.shape[-1])
-    return jax.ShapeDtypeStruct(shape, x.dtype if whole else f32)
+def columns_of(x: Array, length: int, call: Call) -> jax.ShapeDtypeStruct:
+    """The gradient of columns before it is summed over shared axes."""
+    return jax.ShapeDtypeStruct((call.B, length, call.N, x.shape[-1]), f32)
 
 
 def _run(kernel: Any, name: str, inputs: Any, outputs: Any, call: Call, p: Plan) -> Any:

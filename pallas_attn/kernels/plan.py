@@ -12,20 +12,9 @@ from pallas_attn.bias.base import Added, has_bound
 from pallas_attn.call import Call
 from pallas_attn.config import Block, Load, shipped
 from pallas_attn.kernels.launch import Grid
+from pallas_attn.kernels.operands import Wanted
 from pallas_attn.kernels.terms import Field, fields, is_identity, span
 from pallas_attn.kernels.visible import Sight
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients somebody asked for."""
-
-    q: bool
-    k: bool
-    v: bool
-    fields: tuple[Field, ...] = ()
-    a: tuple[int, ...] = ()  # products whose query side wants one
-    b: tuple[int, ...] = ()  # products whose key side wants one
 
 
 @dataclass(frozen=True)
@@ -55,8 +44,8 @@ class Plan:
         return self.turn or not self.dense
 
 
-def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -> Plan:
-    """The plan of a forward pass, or of a backward pass if `wanted` is given."""
+def plan(call: Call, sight: Sight, added: Added, wanted: Wanted) -> Plan:
+    """The plan of a call, from its bias' shape and from what is wanted."""
     every = fields(added)
     full = [x for f, x in every.items() if span(added, f) == "qk"]
     sharing = [
@@ -67,7 +56,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
     pruned = call.config.prune and bounded and not sight.arrays.placed
     sided = any(t.sided for t in added.terms)
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
-    start = Plan(
+    forward = Plan(
         pruned=pruned,
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
@@ -75,8 +64,6 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
         turn=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),
     )
-    if wanted is None:
-        return start
 
     def of_span(*spans: str) -> tuple[Field, ...]:
         return tuple(f for f in wanted.fields if span(added, f) in spans)
@@ -92,7 +79,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
     )
     own = own if own and _as_wide(every[own[0]].dtype, call.dtype) else ()
     return replace(
-        start,
+        forward,
         store=every[own[0]].dtype if own else None,
         own=own,
         rows=bool(rows or (not own and (wanted.q or wanted.a))),
@@ -103,7 +90,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted | None = None) -
         tile_fields=tuple(f for f in pairs if f not in own),
         da=wanted.a,
         db=wanted.b,
-        turn=start.turn and not own,
+        turn=forward.turn and not own,
     )
 
 

@@ -43,6 +43,13 @@ def squared_norm(x: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(f32) ** 2, 1)
 
 
+def times(t: Tile, ds: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """The product dS y, dS rounded to the operands' dtype (TF32 if y has another)."""
+    if y.dtype == dtype:
+        return t.dot(ds.astype(dtype), y)
+    return t.dot(ds, y.astype(f32))
+
+
 def weights_and_ds(
     t: Tile,
     operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],

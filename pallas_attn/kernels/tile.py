@@ -66,7 +66,7 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance| in parts: a number, one per query and one per key on a known side."""
+        """|distance|; on a known side a number, one per query and one per key."""
         if self.sight.arrays.placed or (isinstance(self.side, int) and not self.side):
             return (jnp.abs(self.distance),)
         return (

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_attn.api import dot_product_attention
+from pallas_attn.bias.base import as_bias
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, resolve
 from pallas_attn.testing.cases import Case, Sample
@@ -28,7 +29,7 @@ SMALL = Config(
 
 
 # float32 laws hold at IEEE products: the default of a GPU is TF32.
-EXACT = {"precision": jax.lax.Precision.HIGHEST}
+EXACT: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
 
 
 def kernel_implementation() -> str:
@@ -118,6 +119,30 @@ def true_gradients(case: Case, residual: bool = True) -> Any:
     return truth(case.sample(), residual=residual)
 
 
+def textbook(operands: dict[str, Any]) -> Any:
+    """Causal attention as XLA computes it in the operands' own precision.
+
+    As `jax.nn` writes it: products of 16-bit operands accumulated in float32, softmax
+    in float32, weights rounded before they meet the values. (`jax.nn` itself does not
+    run in float16 on a CPU.)
+    """
+    query, key, value, bias = (
+        operands[name] for name in ("query", "key", "value", "bias")
+    )
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, repeats, 2) for x in (key, value))
+    rows = jnp.arange(query.shape[1], dtype=jnp.int32)
+    cols = jnp.arange(key.shape[1], dtype=jnp.int32)
+    f32 = jnp.float32
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=f32)
+    scores = scores / np.sqrt(np.float32(query.shape[-1]))
+    scores = scores + as_bias(bias).materialise(rows, cols)
+    seen = (rows[:, None] >= cols[None, :])[None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(value.dtype)
+    out = jnp.einsum("BNTS,BSNh->BTNh", weights, value, preferred_element_type=f32)
+    return out.astype(query.dtype)
+
+
 def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]:
     """The kernels of a case's forward and backward, lowered for a GPU of `arch`."""
     sample = case.specs()
@@ -131,13 +156,15 @@ def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]
 
 
 def _in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
-    """F of the arguments with floats as float64.
+    """F of the arguments with floats as float64, on the CPU.
 
     Not jitted: cases share most operations, which JAX compiles once each.
     """
 
     def wide(x: Any) -> Any:
-        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return np.asarray(
+            x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None
+        )
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         return jax.tree.map(np.asarray, f(*jax.tree.map(wide, arguments)))
