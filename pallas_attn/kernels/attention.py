@@ -112,7 +112,7 @@ def _forward(
     p = plan(call, ops.sight, added, wanted)
     out = passes.forward(ops, passes.norms(ops, call, p), call, p)
     lse = out["lse"]
-    natural = jnp.where(lse < jnp.inf, lse * LN2, -jnp.inf)
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
     residuals = Residuals(ops, factors, wanted=wanted, **out)
     return (residuals.o, natural), residuals
 
@@ -174,7 +174,7 @@ def _row_constant(home: str, x: Array, dlse: Array | None, lse: Array) -> Array:
     """The gradient of what shifts a whole row: the weights stay, lse moves along."""
     if dlse is None:
         return jnp.zeros_like(x)
-    return _to_field(home, jnp.where(lse < jnp.inf, dlse, 0.0), x, along_queries=True)
+    return _to_field(home, jnp.where(lse == jnp.inf, 0.0, dlse), x, along_queries=True)
 
 
 def _to_field(home: str, g: Array, x: Array, along_queries: bool) -> Array:

@@ -47,13 +47,13 @@ def rows_kernel(
     w = keys_of(t0, plan.two)
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
-    lse, delta = t0.stat(cot.lse, jnp.inf), t0.stat(cot.delta)
+    stats = cot.of_rows(t0)
     qs, held = [t0.rows(a) for a, _ in products], hold(ops.added, t0, ("", "q"))
 
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
         terms = on_tile(ops.added, t, held)
-        p, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, lse, delta)
+        p, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, stats)
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + times(t, ds, t.seen_keys(visible, y), k.dtype)
@@ -89,7 +89,7 @@ def rows_kernel(
         },
     )
     if plan.pruned:
-        floor = jnp.min(jnp.where(t0.inside_rows(), lse, jnp.inf))
+        floor = jnp.min(jnp.where(t0.inside_rows(), stats.lse, jnp.inf))
         far = far_keys(t0, w, ops, held, pruning, reach_of(call, q, qs), floor)
     else:
         far = walk.all_far(w.sides)
@@ -99,7 +99,9 @@ def rows_kernel(
 
     if w.sides:
         state = lax.fori_loop(i32(0), far.count, rest, state)
-    some = lse < jnp.inf  # in an empty row 0 may have met a query that is not finite
+    some = (
+        stats.lse != jnp.inf
+    )  # in an empty row 0 may have met a query that is not finite
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
@@ -144,9 +146,8 @@ def cols_kernel(
         def step(t: Tile, state: Any) -> Any:
             q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
             terms = on_tile(ops.added, t, held)
-            lse, delta = t.stat(cot.lse, jnp.inf), t.stat(cot.delta)
             p, ds, visible = weights_and_ds(
-                t, (q, k, v, do), (qs, ks), terms, lse, delta
+                t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
             )
             low = ds.astype(q.dtype)
             grads = pullback(terms, plan.col_fields, t)(ds)
@@ -257,12 +258,10 @@ def tiles_kernel(
             (t.rows(ops.q), t.keys(ops.k), t.keys(ops.v), t.rows(cot.do)),
             ([t.rows(a) for a, _ in products], [t.keys(x) for _, x in products]),
             terms,
-            t.stat(cot.lse, jnp.inf),
-            t.stat(cot.delta),
+            cot.of_rows(t),
         )
-        if visible is not None and not t.sight.veiled:
-            ds = jnp.where(visible, ds, 0.0)
-        return acc + pullback(terms, (field,), t)(ds)[field]
+        grad = pullback(terms, (field,), t)(ds)[field]
+        return acc + (grad if visible is None else jnp.where(visible, grad, 0.0))
 
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)

@@ -73,7 +73,7 @@ def forward_kernel(
     def online(t: Tile, state: Any) -> Any:
         acc, m, l = state
         x, row, visible = scores(t)
-        weights, old, m = rescaled(m, x, row, mul, power)
+        weights, old, m = rescaled(m, x, row, mul, power, plan.large)
         acc = acc * old[:, None] + weighted(t, weights, visible)
         return acc, m, l * old + jnp.sum(weights, 1)
 
@@ -100,7 +100,7 @@ def forward_kernel(
         far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
         # Rare: scores that may spread over 2^200 first get their true maximum, by a
         # plain loop that costs nothing where it does not run.
-        wide = far.top - jnp.min(m) * mul > 2 * SPREAD
+        wide = ~(far.top - jnp.min(m) * mul <= 2 * SPREAD)  # NaN too
 
         def find(state: Any) -> Any:
             t, m = state
@@ -125,6 +125,9 @@ def forward_kernel(
     if not walk.covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
-    t0.put_rows(out["o"], acc / jnp.where(l > 0, l, 1.0)[:, None])
+    t0.put_rows(out["o"], acc / jnp.where(l == 0, 1.0, l)[:, None])
     t0.put_stat(out["lse"], log_sum(reference, l))
+    if plan.large:
+        t0.put_stat(out["peak"], jnp.where(l == 0, jnp.inf, m))
+        t0.put_stat(out["total"], jnp.log2(jnp.where(l == 0, 1.0, l)))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), w, far)

@@ -68,7 +68,7 @@ def launch(
     """Run kernel(*input_refs, *output_refs, call=..., **static) on every grid point."""
     bound = functools.partial(kernel, call=call, **static)
     bound.__name__ = kernel.__name__  # pyright: ignore[reportAttributeAccessIssue]
-    return pl.pallas_call(
+    run = pl.pallas_call(
         bound,
         grid=grid,
         out_shape=outputs,
@@ -77,7 +77,17 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             num_warps=block.num_warps, num_stages=block.num_stages
         ),
-    )(*inputs)
+    )
+    once: Any = jax.custom_jvp(run)
+    once.defjvp(_refuse)
+    return once(*inputs)
+
+
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "`implementation`: the kernels are differentiable once, in reverse mode; use "
+        'implementation="xla" for jvp and second derivatives.'
+    )
 
 
 def like(x: Any) -> jax.ShapeDtypeStruct:

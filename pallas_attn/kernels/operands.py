@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_attn.bias.base import Added
 from pallas_attn.kernels.terms import Field
+from pallas_attn.kernels.tile import Tile
 from pallas_attn.kernels.visible import Sight
 
 
@@ -40,6 +42,16 @@ class Operands:
     sight: Sight
 
 
+@dataclass(frozen=True)
+class RowStats:
+    """Of the queries of a tile, [bq]: what `Cotangents` has of all."""
+
+    lse: jax.Array
+    delta: jax.Array
+    peak: jax.Array | None
+    total: jax.Array | None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cotangents:
@@ -48,7 +60,19 @@ class Cotangents:
     do: Any  # [B, T, N, h]
     lse: Any  # [B, N, T], log2, +inf for empty rows
     delta: Any  # [B, N, T]
+    peak: Any = None  # where scores may be large, lse in two: peak (units of q.k)
+    total: Any = None  # + total (log2)
     dlse: Any = None  # [B, N, T], natural units; None: no cotangent
+
+    def of_rows(self, t: Tile) -> RowStats:
+        """The statistics of a tile's queries."""
+        large = self.peak is not None
+        return RowStats(
+            t.stat(self.lse, jnp.inf),
+            t.stat(self.delta),
+            t.stat(self.peak, jnp.inf) if large else None,
+            t.stat(self.total) if large else None,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +83,8 @@ class Residuals:
     ops: the operands, products as columns.
     factors: the products as they came.
     o: [B, T, N, h].
-    lse: [B, N, T], log2, +inf for empty rows.
+    lse: [B, N, T], log2, +inf for empty rows; where scores may be large, in two:
+        peak (units of q.k) and total (log2).
     """
 
     ops: Operands
@@ -70,6 +95,8 @@ class Residuals:
     wanted: Wanted = field(metadata={"static": True})
     norms: Any = None
     reach: Any = None
+    peak: Any = None
+    total: Any = None
 
 
 @jax.tree_util.register_dataclass

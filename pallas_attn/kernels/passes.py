@@ -46,6 +46,8 @@ def forward(ops: Operands, norms: Array | None, call: Call, p: Plan) -> dict[str
     blocks = grid_of(call, p, "forward").blocks
     o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
     outputs = {"o": o, "lse": _per_row(call), "visits": _visits(call, blocks)}
+    if p.large:
+        outputs |= {"peak": _per_row(call), "total": _per_row(call)}
     if p.pruned:
         outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
     inputs = (ops, Pruning(norms))
@@ -66,7 +68,8 @@ def cotangents(
         PRE_PASS,
     )
     pruning = Pruning(res.norms, res.reach, floors) if p.pruned else Pruning()
-    return Cotangents(do, res.lse, delta, dlse), pruning
+    cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse)
+    return cot, pruning
 
 
 def rows(

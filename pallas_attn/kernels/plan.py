@@ -22,6 +22,7 @@ class Plan:
     """The passes of a call. A pass owns each gradient it is listed with, alone."""
 
     pruned: bool
+    large: bool  # scores may be large: an array's -1e9 is an ordinary number
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
@@ -58,6 +59,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted) -> Plan:
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
     forward = Plan(
         pruned=pruned,
+        large=not pruned and any(span(added, f) for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),

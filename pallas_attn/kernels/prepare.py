@@ -53,6 +53,6 @@ def delta_kernel(
     delta = jnp.sum(t.rows(o_ref).astype(f32) * t.rows(do_ref).astype(f32), 1)
     if dlse_ref is not None:
         delta = delta - t.stat(dlse_ref)
-    delta = jnp.where(lse < jnp.inf, delta, 0.0)
+    delta = jnp.where(lse == jnp.inf, 0.0, delta)
     t.put_stat(delta_ref, delta)
     store_number(floor_ref, (b, h, i), jnp.min(lse) + 0.0 * jnp.sum(delta))

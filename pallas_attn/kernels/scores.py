@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_attn.call import Call, NO_WEIGHT
+from pallas_attn.kernels.operands import RowStats
 from pallas_attn.kernels.terms import parts
 from pallas_attn.kernels.tile import exp2, Tile
-from pallas_attn.normalizers.softmax import LOG2E, score_gradient
+from pallas_attn.normalizers.softmax import exponent, LOG2E, score_gradient
 
 
 f32 = jnp.float32
@@ -55,13 +55,12 @@ def weights_and_ds(
     operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     factors: tuple[list[jax.Array], list[jax.Array]],
     terms: tuple[Any, ...],
-    lse: jax.Array,
-    delta: jax.Array,
+    stats: RowStats,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(P, dS, visible) of one tile, given its q, k, v, do.
 
-    With a full bias tile both dots are issued first, and the bias is combined with lse
-    while they run; without one, that would only cost registers.
+    With a full bias tile both dots are issued first, and its load is awaited while they
+    run; without one, that would only cost registers.
     """
     q, k, v, do = operands
 
@@ -71,22 +70,23 @@ def weights_and_ds(
     s = dots(t, q, k, *factors)
     row, rest = parts(terms, t)
     rest = weightless(rest, len(terms) + len(factors[0]) > 1)
-    minus = t.along_q(lse) - row * LOG2E
-    full = [r for r in rest if r.shape == t.shape]
-    dp = dp_dot() if full else None
-    e = s * (t.call.scale * LOG2E)
-    for r in rest:
-        if r.shape != t.shape:
+    dp = dp_dot() if any(r.shape == t.shape for r in rest) else None
+    mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
+    if stats.peak is None or stats.total is None:
+        e = s * mul
+        for r in rest:
             e = e + r * LOG2E
-    if full:
-        e = e + (functools.reduce(jnp.add, [r * LOG2E for r in full]) - minus)
+        e = e - (t.along_q(stats.lse) - row * LOG2E)
     else:
-        e = e - minus
+        for r in rest:
+            s = s - r * -inverse  # as the forward pass rounds it
+        base = t.along_q(stats.peak) - row * inverse
+        e = exponent(s, base, mul, large=True) - t.along_q(stats.total)
     visible = t.visible
     if visible is not None:
         e = jnp.where(visible, e, -jnp.inf)
     p = exp2(t.call, e)
-    ds = score_gradient(p, dp_dot() if dp is None else dp, t.along_q(delta))
+    ds = score_gradient(p, dp_dot() if dp is None else dp, t.along_q(stats.delta))
     if visible is not None and t.sight.veiled:  # 0 * NaN of what nobody sees
         ds = jnp.where(visible, ds, 0.0)
     return p, ds, visible

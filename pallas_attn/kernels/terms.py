@@ -79,6 +79,10 @@ def on_tile(added: Added, t: Tile, held: dict[Field, Any]) -> tuple[Bias, ...]:
     rest = {
         f: t.field(home(added, f), x) for f, x in fields(added).items() if f not in held
     }
+    if not all(is_identity(added, f) for f in rest):
+        # A derivative of what nobody sees may not be finite; 0 times it is not 0.
+        visible = t.visible
+        rest = {f: t.seen_part(visible, x) for f, x in rest.items()}
     return with_fields(added, held | rest)
 
 

@@ -100,16 +100,15 @@ class Tile:
 
     @property
     def visible(self) -> jax.Array | None:
-        """Which pairs may attend, [tile]; None if that hides nothing here.
-
-        Queries past their length are not hidden: their lse is +inf, or they go.
-        """
+        """Which pairs may attend, [tile]; None if that hides nothing here."""
         call, arrays, checks = self.call, self.sight.arrays, []
         if not self.edge:
             return None
         if not _covers(self.frame.keys, call.S, self.bk):
             k = self.k0 + jnp.arange(self.bk, dtype=i32)
             checks.append(self.along_k(k < self.frame.keys[1]))
+        if not _covers(self.frame.queries, call.T, 1):
+            checks.append(self.along_q(self.inside_rows()))
         if call.causal or call.window:
             q, k = self.query_position, self.key_position
             if call.causal:
@@ -133,6 +132,17 @@ class Tile:
     def seen_queries(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
         """Query rows, 0 where they see no key of the tile."""
         return self._guard(visible, 0 if self.flip else 1, x)
+
+    def seen_part(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
+        """A tile, or one number per query or key, 0 where no visible pair reads it."""
+        if visible is None or jnp.ndim(x) == 0:
+            return x
+        shared = [axis for axis, n in enumerate(x.shape) if n < self.shape[axis]]
+        seen = visible
+        for axis in shared:
+            seen = jnp.max(seen.astype(i32), axis) > 0
+            seen = seen[:, None] if axis == 1 else seen[None, :]
+        return jnp.where(seen, x, 0.0)
 
     def rows(self, ref: Any) -> jax.Array:
         """[bq, H] of an array [#B, T, heads, H]."""
@@ -177,8 +187,9 @@ class Tile:
         if home == "head":
             return plgpu.load(ref.at[self._lead(*ref.shape)]).astype(f32)
         b, h = self._lead(ref.shape[0], ref.shape[2])
-        i0, n = (self.q0, self.bq) if home == "query" else (self.k0, self.bk)
-        ok = _within(i0, n, (0, ref.shape[1]), ref.shape[1])
+        axis = "q" if home == "query" else "k"
+        i0, n, size, limits = self._limits(axis, stored=False)
+        ok = _within(i0, n, limits, size)
         x = _load(ref.at[b, pl.ds(i0, n), h], ok).astype(f32)
         return self.along_q(x) if home == "query" else self.along_k(x)
 
@@ -196,7 +207,7 @@ class Tile:
             return x  # what lies past the array's end is not stored
         k = self.k0 + jnp.arange(self.bk, dtype=i32)
         ok = (k >= lo) & (k < hi)
-        return jnp.where(ok.reshape((self.bk,) + (1,) * (x.ndim - 1)), x, 0.0)
+        return jnp.where(_column(ok, x.ndim), x, 0.0)
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """The matrix product, accumulated in float32."""
@@ -250,7 +261,8 @@ class Tile:
             checks.append(rows[:, None])
         if padded != width:
             checks.append((jnp.arange(padded, dtype=i32) < width)[None, :])
-        at = ref.at[b, pl.ds(i0, n), h, pl.ds(0, padded)]
+        first = jnp.asarray(i0, i32) * 0  # a static 0 is checked against the width
+        at = ref.at[b, pl.ds(i0, n), h, pl.ds(first, padded)]
         return at, _both(checks, (n, padded))
 
     def _vector(
@@ -308,7 +320,7 @@ class Tile:
         if visible is None or not self.sight.veiled:
             return x
         seen = jnp.max(visible.astype(i32), axis) > 0
-        return jnp.where(seen[:, None], x, jnp.zeros_like(x))
+        return jnp.where(_column(seen, x.ndim), x, jnp.zeros_like(x))
 
 
 def at_keys(tile: Tile, j: Any, side: Any, edge: bool) -> Tile:
@@ -391,6 +403,11 @@ def _within(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> jax.Array | 
     ok = i < limits[1]
     first = limits[0]
     return ok if isinstance(first, int) and first == 0 else ok & (i >= first)
+
+
+def _column(x: jax.Array, ndim: int) -> jax.Array:
+    """A vector, or the same as a column."""
+    return x if ndim == 1 else x[:, None]
 
 
 def _both(checks: list[jax.Array], shape: tuple[int, ...]) -> jax.Array | None:

@@ -43,12 +43,20 @@ def peak(m: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
     return jnp.maximum(m, jnp.max(x, 1) + row)
 
 
+def exponent(x: jax.Array, base: jax.Array, mul: float, large: bool) -> jax.Array:
+    """(x - base) mul; as one multiply-add, unless scores may be large.
+
+    Half a unit in the last place of a base of -1e9 is a factor of 2^64.
+    """
+    return (x - base) * mul if large else x * mul - base * mul
+
+
 def rescaled(
-    m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2
+    m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2, large: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Online softmax: (weights of this tile, factor for what came before, maximum)."""
     new = peak(m, x, row)
-    weights = exp2(x * mul - ((new - row) * mul)[:, None])
+    weights = exp2(exponent(x, (new - row)[:, None], mul, large))
     return weights, exp2((m - new) * mul), new
 
 
@@ -61,7 +69,7 @@ def referred(
 
 def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:
     """log2 of a row's sum; +inf for an empty row, so that 2^(x - it) is 0 unmasked."""
-    return jnp.where(total > 0, reference + jnp.log2(total), jnp.inf)
+    return jnp.where(total == 0, jnp.inf, reference + jnp.log2(total))
 
 
 def score_gradient(p: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
