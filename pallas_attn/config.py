@@ -50,6 +50,8 @@ class Load:
     exact: bool  # IEEE float32 dots: no tensor cores
     length: int  # T
     dense: bool  # a full bias tile is added
+    own: bool  # it has one entry per score: cols writes its gradient
+    bent: bool  # a field along queries or keys is not simply added to the scores
     free: bool  # no dense bias, not causal, not pruned
     columns: int  # of all factored products
 
@@ -64,6 +66,8 @@ def shipped(kernel: str, load: Load) -> Block:
         return _float32(kernel, load)
     if load.head_dim > 128:
         return _widest(kernel)
+    if load.bent:
+        return _bent(kernel)
     wide = load.head_dim > 64
     thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
     match kernel:
@@ -81,8 +85,8 @@ def shipped(kernel: str, load: Load) -> Block:
                 return Block(64, 64, 4, 2)
             return Block(128, 64) if thin else Block(64, 64)
         case "cols":
-            if wide:
-                return Block(64, 64, 4, 2)
+            if wide:  # registers run out where a shared tile is beside dk and dv
+                return Block(64, 64, 8 if load.dense and not load.own else 4, 2)
             return Block(64, 128) if thin else Block(64, 64)
         case "thin_rows":
             return Block(128, 64, 4, 4)
@@ -100,18 +104,22 @@ def _widest(kernel: str) -> Block:
     return Block(16, 64, 8, 2) if kernel == "cols" else Block(64, 32, 8, 2)
 
 
+def _bent(kernel: str) -> Block:
+    """A term's own arithmetic, and its derivatives, take registers of every score."""
+    return Block(32, 64, 4, 2) if kernel in ("forward", "rows") else Block(32, 32, 4, 2)
+
+
 def _float32(kernel: str, load: Load) -> Block:
     """float32 takes twice the shared memory; IEEE dots keep operands in registers."""
     if load.head_dim > 128:
         return Block(16, 16, 8, 1) if load.exact else Block(32, 32, 8, 1)
     if load.exact:
         return Block(32, 16, 8, 2) if load.head_dim > 64 else Block(32, 32, 8, 2)
-    if load.head_dim <= 64:
-        return Block(64, 64, 8, 2)
+    narrow = load.head_dim <= 64
     match kernel:
-        case "cols" | "thin_cols":
-            return Block(32, 64, 8, 2)
-        case "tiles":
-            return Block(32, 32, 8, 2)
+        case "forward" | "thin_rows":
+            return Block(64, 64 if narrow else 32, 8, 2)
+        case "thin_cols":
+            return Block(64 if narrow else 32, 64, 8, 2)
         case _:
-            return Block(64, 32, 8, 2)
+            return Block(64 if narrow else 32, 32, 8, 2)

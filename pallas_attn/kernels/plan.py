@@ -26,6 +26,7 @@ class Plan:
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
+    bent: bool  # a field along queries or keys is not simply added
     turn: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
     store: Any = None  # cols writes dS in this dtype: it is the gradient of `own`
@@ -63,6 +64,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted) -> Plan:
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),
+        bent=any(span(added, f) and not is_identity(added, f) for f in every),
         turn=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),
     )
@@ -110,6 +112,8 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
         exact=call.precision == lax.Precision.HIGHEST,
         length=call.T,
         dense=plan.dense,
+        own=bool(plan.own),
+        bent=plan.bent,
         free=not (plan.dense or call.causal or plan.pruned),
         columns=plan.columns,
     )
