@@ -166,7 +166,10 @@ def cols_kernel(
             return new | {
                 "dv": state["dv"] + t.dot(transposed(p.astype(do.dtype)), do),
                 "db": {x: add(y, qs[x]) for x, y in state["db"].items()},
-                "fields": {f: y + grads[f] for f, y in state["fields"].items()},
+                "fields": {
+                    f: y + t.seen_keys(visible, grads[f])
+                    for f, y in state["fields"].items()
+                },
             }
 
         def near(i: Any, side: Any, state: Any) -> Any:

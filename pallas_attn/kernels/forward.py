@@ -64,7 +64,7 @@ def forward_kernel(
         if visible is not None:
             x = jnp.where(visible, x, -jnp.inf)
         row = jnp.broadcast_to(row * inverse, (t.bq, 1)).reshape(t.bq)
-        return x, row, visible
+        return x, t.seen_queries(visible, row), visible
 
     def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
         v = t.seen_keys(visible, t.keys(ops.v))
