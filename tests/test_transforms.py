@@ -235,10 +235,10 @@ def test_a_shared_bias_makes_no_array_of_all_pairs(form, implementation):
     assert found < 4 * 4 * 700 * 900, f"an array of shape {shape}"
 
 
-@everywhere
-def test_equal_bits_with_and_without_an_unused_residual(implementation):
+def test_equal_bits_with_and_without_an_unused_residual():
+    """Of the kernels; XLA may fuse one program unlike another."""
     sample = Case("alibi", "causal").sample()
     f = lambda residual: jax.jit(
-        lambda x: attend(**x, implementation=implementation, return_residual=residual)
+        lambda x: attend(**x, implementation=KERNELS, return_residual=residual)
     )(sample.operands)
     assert_same_bits(f(False), f(True)[0])
