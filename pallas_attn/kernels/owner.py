@@ -11,10 +11,11 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
+from pallas_attn.kernels.instructions import uniform
 from pallas_attn.kernels.operands import Operands, Pruning
 from pallas_attn.kernels.plan import block_of, grid_of, Plan
 from pallas_attn.kernels.terms import bound
-from pallas_attn.kernels.tile import load_number, store_number, Tile, uniform
+from pallas_attn.kernels.tile import load_number, store_number, Tile
 from pallas_attn.kernels.visible import frame, GRAIN, Sight
 
 

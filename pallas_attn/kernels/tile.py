@@ -355,35 +355,6 @@ def store_number(ref: Any, index: tuple[Any, ...], x: Any) -> None:
     plgpu.store(ref.at[index], jnp.asarray(x).astype(ref.dtype))
 
 
-def exp2(call: Call, x: jax.Array) -> jax.Array:
-    """2^x in one ex2 instruction; XLA's own is four, for denormal results."""
-    if call.interpret:
-        return jnp.exp2(x)
-    return _inline("ex2.approx.ftz.f32 $0, $1;", x, f32)
-
-
-def uniform(call: Call, x: Any) -> Any:
-    """The same integer in a uniform register.
-
-    A trip count that comes from a reduction looks different in every thread to ptxas,
-    which then moves every wgmma descriptor by hand, and spills.
-    """
-    if call.interpret:
-        return x
-    same = _inline(
-        "redux.sync.max.s32 $0, $1, 0xffffffff;", jnp.full((1,), x, i32), i32
-    )
-    return jnp.max(same)
-
-
-def _inline(asm: str, x: jax.Array, dtype: Any) -> jax.Array:
-    kind = "=f,f" if dtype == f32 else "=r,r"
-    out = jax.ShapeDtypeStruct(x.shape, dtype)
-    return plgpu.elementwise_inline_asm(
-        asm, args=[x], constraints=kind, pack=1, result_shape_dtypes=[out]
-    )[0]
-
-
 def _iota(n: int) -> jax.Array:
     return jnp.arange(n, dtype=i32).astype(f32)
 

@@ -24,7 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
-from pallas_attn.kernels.tile import load_blocks, load_number, uniform
+from pallas_attn.kernels.instructions import uniform
+from pallas_attn.kernels.tile import load_blocks, load_number
 from pallas_attn.kernels.visible import Extremes, Frame, GRAIN, least, most, Sight
 
 

@@ -31,8 +31,8 @@ GRADIENT_RATIO = 3.0
 # Pruning leaves out 2^-24 = 6e-8 of a row's (a key's) weight, of values that may be the
 # largest there are, per side and per query head of a group.
 PRUNING = 1e-6
-# A pruned and an unpruned computation also round apart: their exponents are taken from
-# different references. Each does so by about as much as the unpruned one errs.
+# `prune=False` is another kernel, which takes its exponents from other references and
+# so rounds elsewhere, by about as much as each of the two errs.
 PRUNING_ROUNDING = 3.0
 
 # Bytes that a kernel may keep in local memory because registers ran out, stores and
@@ -134,20 +134,33 @@ def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
     assert not wrong, _table(f"more than {ratio:g} times the error of the peer", wrong)
 
 
-def assert_pruning_unseen(pruned: Any, unpruned: Any, want: Any) -> None:
-    """Every entry within `PRUNING` of the leaf's largest, and what both are rounded by.
+def assert_nothing_missed(pruned: Any, whole: Any) -> None:
+    """Every entry within `PRUNING` of the leaf's largest, NaN and inf where they were.
 
     Args:
         pruned: What was computed.
-        unpruned: The same without pruning; NaN and inf are in the same places.
+        whole: The same kernel, where the bound left out nothing.
+    """
+    _assert_close(pruned, whole, PRUNING)
+
+
+def assert_rounded_apart(pruned: Any, unpruned: Any, want: Any) -> None:
+    """The same of `prune=False`, and what both are rounded by.
+
+    Args:
+        pruned: What was computed.
+        unpruned: The same by `prune=False`.
         want: The float64 truth.
     """
-    chex.assert_trees_all_equal_shapes_and_dtypes(pruned, unpruned)
     rounding = max(largest_errors(unpruned, want, same_places=False).values())
-    allowed = PRUNING + PRUNING_ROUNDING * rounding
+    _assert_close(pruned, unpruned, PRUNING + PRUNING_ROUNDING * rounding)
+
+
+def _assert_close(pruned: Any, whole: Any, allowed: float) -> None:
+    chex.assert_trees_all_equal_shapes_and_dtypes(pruned, whole)
     wrong = {
         name: f"{error:.2e}"
-        for name, error in largest_errors(pruned, unpruned).items()
+        for name, error in largest_errors(pruned, whole).items()
         if not error <= allowed
     }
     title = f"pruned and unpruned differ by more than {allowed:.1e} of the maximum"
