@@ -33,7 +33,7 @@ def attend(
     call: Call,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and log-sum-exp; differentiable once, in reverse mode."""
-    if not 1e-6 < call.scale < 1e6:  # columns in units of q.k would leave float32
+    if not 1e-6 < call.scale < 1e6:  # scores in units of q.k would leave float32
         query = (query.astype(f32) * call.scale).astype(query.dtype)
         call = replace(call, scale=1.0)
     ops = Operands(query, key, value, added, sight(call, visibility))

@@ -94,14 +94,12 @@ def rows_kernel(
     else:
         far = walk.all_far(w.sides)
 
-    def rest(t: Any, state: Any) -> Any:
-        return step(at_keys(t0, *far.at(t), edge=ops.sight.veiled), state)
+    def rest(j: Any, side: Any, state: Any) -> Any:
+        return step(at_keys(t0, j, side, edge=ops.sight.veiled), state)
 
-    if w.sides:
-        state = lax.fori_loop(i32(0), far.count, rest, state)
-    some = (
-        stats.lse != jnp.inf
-    )  # in an empty row 0 may have met a query that is not finite
+    state = far.loop(rest, state)
+    # In an empty row 0 may have met a query that is not finite.
+    some = stats.lse != jnp.inf
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
@@ -175,8 +173,8 @@ def cols_kernel(
         def near(i: Any, side: Any, state: Any) -> Any:
             return step(at_queries(t0, i, side, edge=True), state)
 
-        def rest(t: Any, state: Any) -> Any:
-            return step(at_queries(t0, *far.at(t), edge=ops.sight.veiled), state)
+        def rest(i: Any, side: Any, state: Any) -> Any:
+            return step(at_queries(t0, i, side, edge=ops.sight.veiled), state)
 
         def clear(i: Any, _: None) -> None:
             zero = jnp.zeros((bq, bk), f32)
@@ -194,8 +192,7 @@ def cols_kernel(
             far = far_queries(t0, w, ops, held, pruning, plan)
         else:
             far = walk.all_far(w.sides)
-        if w.sides:
-            state = lax.fori_loop(i32(0), far.count, rest, state)
+        state = far.loop(rest, state)
         if plan.store:  # no query of these blocks sees these keys
             for lo, hi in ((0, w.span[0]), (w.span[1], pl.cdiv(call.T, bq))):
                 if not (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):

@@ -14,8 +14,8 @@ from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.operands import Operands, Pruning
 from pallas_attn.kernels.owner import far_keys, keys_of, query_tile, report
 from pallas_attn.kernels.plan import Plan
-from pallas_attn.kernels.scores import added_to, dots, reach_of
-from pallas_attn.kernels.terms import hold, on_tile
+from pallas_attn.kernels.scores import dots, reach_of, weightless
+from pallas_attn.kernels.terms import hold, on_tile, parts
 from pallas_attn.kernels.tile import (
     at_keys,
     store_number,
@@ -26,10 +26,10 @@ from pallas_attn.normalizers.softmax import (
     LOG2E,
     log_sum,
     lowest,
+    peak,
     referred,
     rescaled,
     SPREAD,
-    tops,
 )
 
 
@@ -43,7 +43,7 @@ def forward_kernel(
     """Output and log2-sum of one query block."""
     t0 = query_tile(ops.sight, call, plan, "forward")
     w = keys_of(t0, plan.two)
-    mul = call.scale * LOG2E
+    mul, inverse = call.scale * LOG2E, 1.0 / call.scale
     products = ops.added.products
     several = len(ops.added.terms) + len(products) > 1
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in products]
@@ -52,16 +52,19 @@ def forward_kernel(
     def power(x: jax.Array) -> jax.Array:
         return exp2(call, x)
 
-    def scores(t: Tile) -> tuple[Any, jax.Array, jax.Array | None]:
-        """((s, rest), row, visible): the scores s mul + rest + row."""
-        s = dots(t, q, t.keys(ops.k), qs, [t.keys(b) for _, b in products])
-        row, rest = added_to(t, on_tile(ops.added, t, held), several, plan.large)
+    def scores(t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """(x, row, visible): the scores x + row in units of q.k."""
+        x = dots(t, q, t.keys(ops.k), qs, [t.keys(b) for _, b in products])
+        row, rest = parts(on_tile(ops.added, t, held), t)
+        for r in weightless(rest, several):
+            # Not `+ r`: that would become the dot's accumulator, whose load Triton does
+            # not pipeline.
+            x = x - r * -inverse
         visible = t.visible
         if visible is not None:
-            s = jnp.where(visible, s, -jnp.inf)
-            rest = None if rest is None else jnp.where(visible, rest, 0.0)
-        row = jnp.broadcast_to(row, (t.bq, 1)).reshape(t.bq)
-        return (s, rest), t.seen_queries(visible, row), visible
+            x = jnp.where(visible, x, -jnp.inf)
+        row = jnp.broadcast_to(row * inverse, (t.bq, 1)).reshape(t.bq)
+        return x, t.seen_queries(visible, row), visible
 
     def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
         v = t.seen_keys(visible, t.keys(ops.v))
@@ -69,8 +72,8 @@ def forward_kernel(
 
     def online(t: Tile, state: Any) -> Any:
         acc, m, l = state
-        score, row, visible = scores(t)
-        weights, old, m = rescaled(m, score, row, mul, power, plan.large)
+        x, row, visible = scores(t)
+        weights, old, m = rescaled(m, x, row, mul, power, plan.large)
         acc = acc * old[:, None] + weighted(t, weights, visible)
         return acc, m, l * old + jnp.sum(weights, 1)
 
@@ -79,45 +82,44 @@ def forward_kernel(
 
     veiled = ops.sight.veiled
     zero = jnp.zeros((t0.bq,), f32)
-    state = (zeros(t0.bq, ops.v), zero + lowest(), zero)
+    state = (zeros(t0.bq, ops.v), zero + lowest(call.scale), zero)
     acc, m, l = w.near_loop(near, state)
     if not plan.pruned:
         far = walk.all_far(w.sides)
 
-        def rest(t: Any, state: Any) -> Any:
-            return online(at_keys(t0, *far.at(t), edge=veiled), state)
+        def rest(j: Any, side: Any, state: Any) -> Any:
+            return online(at_keys(t0, j, side, edge=veiled), state)
 
-        if w.sides:
-            acc, m, l = lax.fori_loop(i32(0), far.count, rest, (acc, m, l))
-        reference = m
+        acc, m, l = far.loop(rest, (acc, m, l))
+        reference = m * mul
     else:
         # A bound on the scores replaces the running maximum.
         reach = reach_of(call, q, qs)
-        sums = jnp.where(t0.inside_rows(), m + jnp.log2(l), jnp.inf)
+        sums = jnp.where(t0.inside_rows(), m * mul + jnp.log2(l), jnp.inf)
         far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
         # Rare: scores that may spread over 2^200 first get their true maximum, by a
         # plain loop that costs nothing where it does not run.
-        wide = ~(far.top - jnp.min(m) <= 2 * SPREAD)  # NaN too
+        wide = ~(far.top - jnp.min(m) * mul <= 2 * SPREAD)  # NaN too
 
         def find(state: Any) -> Any:
             t, m = state
-            score, row, _ = scores(at_keys(t0, *far.at(t), edge=veiled))
-            return t + 1, jnp.maximum(m, tops(*score, mul) + row)
+            x, row, _ = scores(at_keys(t0, *far.at(t), edge=veiled))
+            return t + 1, peak(m, x, row)
 
         top = lax.while_loop(lambda s: wide & (s[0] < far.count), find, (i32(0), m))[1]
         lift = jnp.where(wide, -jnp.inf, far.top - SPREAD)
-        reference = jnp.maximum(top, lift)
+        reference = jnp.maximum(top * mul, lift)
         # (A fused multiply-add may leave a rounding error of 1e22 of -1e30.)
-        old = power(jnp.minimum(m - reference, 0.0))
+        old = power(jnp.minimum(m * mul - reference, 0.0))
 
-        def rest(t: Any, state: Any) -> Any:
+        def rest(j: Any, side: Any, state: Any) -> Any:
             acc, l = state
-            t = at_keys(t0, *far.at(t), edge=veiled)
-            score, row, visible = scores(t)
-            weights = referred(score, row, reference, mul, power)
+            t = at_keys(t0, j, side, edge=veiled)
+            x, row, visible = scores(t)
+            weights = referred(x, row, reference, mul, power)
             return acc + weighted(t, weights, visible), l + jnp.sum(weights, 1)
 
-        acc, l = lax.fori_loop(i32(0), far.count, rest, (acc * old[:, None], l * old))
+        acc, l = far.loop(rest, (acc * old[:, None], l * old))
         store_number(out["reach"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
     if not walk.covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()

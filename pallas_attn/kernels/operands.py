@@ -60,8 +60,8 @@ class Cotangents:
     do: Any  # [B, T, N, h]
     lse: Any  # [B, N, T], log2, +inf for empty rows
     delta: Any  # [B, N, T]
-    peak: Any = None  # where scores may be large, lse in two: peak
-    total: Any = None  # + total, log2
+    peak: Any = None  # where scores may be large, lse in two: peak (units of q.k)
+    total: Any = None  # + total (log2)
     dlse: Any = None  # [B, N, T], natural units; None: no cotangent
 
     def of_rows(self, t: Tile) -> RowStats:
@@ -84,7 +84,7 @@ class Residuals:
     factors: the products as they came.
     o: [B, T, N, h].
     lse: [B, N, T], log2, +inf for empty rows; where scores may be large, in two:
-        peak and total.
+        peak (units of q.k) and total (log2).
     """
 
     ops: Operands

@@ -106,7 +106,7 @@ def far_queries(
 def report(ref: Any, t: Tile, n: Any, w: walk.Walk, far: walk.Remaining) -> None:
     """How many blocks this program visited, and how many there were."""
     near = i32(w.near[1]) - i32(w.near[0])
-    store_number(ref, (t.b, t.h, n, i32(0) * n), near + far.count)
+    store_number(ref, (t.b, t.h, n, i32(0) * n), near + i32(far.count))
     store_number(ref, (t.b, t.h, n, i32(0) * n + 1), w.visible)
 
 

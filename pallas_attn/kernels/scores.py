@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.call import Call, NO_WEIGHT
-from pallas_attn.kernels.instructions import exp2, rounded
+from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.operands import RowStats
 from pallas_attn.kernels.terms import parts
 from pallas_attn.kernels.tile import Tile
-from pallas_attn.normalizers.softmax import LOG2E, pace, score_gradient
+from pallas_attn.normalizers.softmax import exponent, LOG2E, score_gradient
 
 
 f32 = jnp.float32
@@ -26,22 +26,11 @@ def dots(t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]) -> jax.Array:
     return s
 
 
-def added_to(
-    t: Tile, terms: tuple[Any, ...], several: bool, large: bool
-) -> tuple[Any, jax.Array | None]:
-    """(row, rest): the terms' values in log2, apart as `terms.parts` tells them apart.
-
-    Of several terms, each alone can take a key's weight away.
-    """
-    row, rest = parts(terms, t)
-    if several:  # one term's -1e30 is the score's own
-        rest = [jnp.where(r <= NO_WEIGHT, -jnp.inf, r) for r in rest]
-
-    def in_log2(x: Any) -> Any:
-        return rounded(t.call, x, LOG2E) if large else x * LOG2E
-
-    total = sum([in_log2(r) for r in rest[1:]], in_log2(rest[0])) if rest else None
-    return in_log2(row), total
+def weightless(rest: list[jax.Array], several: bool) -> list[jax.Array]:
+    """Parts of a score; of several terms, each alone can take a key's weight away."""
+    if not several:  # one term's -1e30 is the score's own
+        return rest
+    return [jnp.where(r <= NO_WEIGHT, -jnp.inf, r) for r in rest]
 
 
 def reach_of(call: Call, q: jax.Array, qs: list[jax.Array]) -> jax.Array:
@@ -79,17 +68,21 @@ def weights_and_ds(
     def dp_dot() -> jax.Array:
         return t.dot(v, do.T) if t.flip else t.dot(do, v.T)
 
-    large = stats.peak is not None and stats.total is not None
     s = dots(t, q, k, *factors)
-    row, rest = added_to(t, terms, len(terms) + len(factors[0]) > 1, large)
-    dp = dp_dot() if rest is not None and rest.shape == t.shape else None
-    mul = t.call.scale * LOG2E
-    reference = stats.peak if large else stats.lse
-    base = t.along_q(reference) - row
-    rest = -base if rest is None else rest - base
-    if large:
-        mul, rest = t.along_q(pace(reference, mul)), rest - t.along_q(stats.total)
-    e = s * mul + rest
+    row, rest = parts(terms, t)
+    rest = weightless(rest, len(terms) + len(factors[0]) > 1)
+    dp = dp_dot() if any(r.shape == t.shape for r in rest) else None
+    mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
+    if stats.peak is None or stats.total is None:
+        e = s * mul
+        for r in rest:
+            e = e + r * LOG2E
+        e = e - (t.along_q(stats.lse) - row * LOG2E)
+    else:
+        for r in rest:
+            s = s - r * -inverse  # as the forward pass rounds it
+        base = t.along_q(stats.peak) - row * inverse
+        e = exponent(s, base, mul, large=True) - t.along_q(stats.total)
     visible = t.visible
     if visible is not None:
         e = jnp.where(visible, e, -jnp.inf)

@@ -58,14 +58,8 @@ def thin_cols_kernel(
 
 def _thin_loop(w: walk.Walk, t0: Tile, place: Any, step: Any, acc: jax.Array) -> Any:
     acc = w.near_loop(lambda n, side, acc: step(place(t0, n, side, True), acc), acc)
-    far = walk.all_far(w.sides)
-    if not w.sides:
-        return acc
-    return lax.fori_loop(
-        i32(0),
-        far.count,
-        lambda t, acc: step(place(t0, *far.at(t), t0.sight.veiled), acc),
-        acc,
+    return walk.all_far(w.sides).loop(
+        lambda n, side, acc: step(place(t0, n, side, t0.sight.veiled), acc), acc
     )
 
 

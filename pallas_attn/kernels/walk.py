@@ -71,7 +71,7 @@ class Walk:
         return far + self.near[1] - self.near[0]
 
     def near_loop(self, body: Callable[..., Any], state: Any) -> Any:
-        """Run body(block, side)(state) over the near blocks."""
+        """Run body(block, side, state) over the near blocks."""
         lo, end = self.near
         if isinstance(lo, int) and isinstance(end, int) and lo == end:
             return state
@@ -91,6 +91,14 @@ class Remaining:
     count: Any
     at: Callable[[Any], tuple[Any, Any]]
     top: Any = None
+
+    def loop(self, body: Callable[..., Any], state: Any) -> Any:
+        """Run body(block, side, state) over them."""
+        if isinstance(self.count, int):  # 0
+            return state
+        return lax.fori_loop(
+            i32(0), self.count, lambda t, s: body(*self.at(t), s), state
+        )
 
 
 def over_keys(
@@ -356,7 +364,7 @@ def hole(w: jax.Array, n: Any, budget: float) -> tuple[jax.Array, jax.Array]:
 def _remaining(sides: tuple[Side, ...], cuts: Any, top: Any) -> Remaining:
     """One loop over the far blocks of all sides, which the compiler pipelines."""
     if not sides:
-        return Remaining(i32(0), lambda t: (t, 0), top)
+        return Remaining(0, lambda t: (t, 0), top)
 
     def block(t: Any, n: int) -> Any:
         if cuts is not None:

@@ -1,8 +1,7 @@
 """Softmax: how a row of scores becomes weights.
 
-The kernels keep a score in two parts: a dot s, and `rest`, the sum of what is added to
-it, in log2 (None if nothing is). It is s mul + rest with mul = scale log2(e), and its
-weight 2^(s mul + (rest - reference)). Statistics are in log2.
+The kernels keep scores x in units of q.k: a weight is 2^(x mul - ref), with
+mul = scale log2(e), one fused multiply-add. Statistics are in log2.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,53 +33,38 @@ class Softmax:
     """
 
 
-def lowest() -> float:
+def lowest(scale: float) -> float:
     """Where a running maximum starts: a row of scores up to it attends to nothing."""
-    return NO_WEIGHT * (1 - 1e-6) * LOG2E
+    return NO_WEIGHT * (1 - 1e-6) / scale
 
 
-def tops(s: jax.Array, rest: jax.Array | None, mul: float) -> jax.Array:
-    """The largest score of every row of a tile, [queries]."""
-    return jnp.max(s, 1) * mul if rest is None else jnp.max(s * mul + rest, 1)
+def peak(m: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
+    """The running maximum of x + row, [queries]."""
+    return jnp.maximum(m, jnp.max(x, 1) + row)
 
 
-def pace(reference: jax.Array, mul: float) -> jax.Array:
-    """What a dot is multiplied with where scores may be large, mul or almost 0.
+def exponent(x: jax.Array, base: jax.Array, mul: float, large: bool) -> jax.Array:
+    """(x - base) mul; as one multiply-add, unless scores may be large.
 
-    Beside 2^32 a dot is lost in rounding; 2^(what is left of it) need not be finite.
+    Half a unit in the last place of a base of -1e9 is a factor of 2^64.
     """
-    return jnp.where(jnp.abs(reference) < 2.0**32, mul, mul * 2.0**-64)
+    return (x - base) * mul if large else x * mul - base * mul
 
 
 def rescaled(
-    m: jax.Array,
-    tile: tuple[jax.Array, jax.Array | None],
-    row: jax.Array,
-    mul: float,
-    exp2: Exp2,
-    large: bool,
+    m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2, large: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Online softmax: (weights of this tile, factor for what came before, maximum)."""
-    new = jnp.maximum(m, tops(*tile, mul) + row)
-    by = pace(new, mul)[:, None] if large else mul
-    return referred(tile, row, new, by, exp2), exp2(m - new), new
+    new = peak(m, x, row)
+    weights = exp2(exponent(x, (new - row)[:, None], mul, large))
+    return weights, exp2((m - new) * mul), new
 
 
 def referred(
-    tile: tuple[jax.Array, jax.Array | None],
-    row: jax.Array,
-    reference: jax.Array,
-    mul: Any,
-    exp2: Exp2,
+    x: jax.Array, row: jax.Array, reference: jax.Array, mul: float, exp2: Exp2
 ) -> jax.Array:
-    """Weights of a tile relative to 2^reference.
-
-    The reference leaves `rest` before the dot is added: beside a bias of -1e9 it would
-    be lost.
-    """
-    s, rest = tile
-    base = (reference - row)[:, None]
-    return exp2(s * mul + (-base if rest is None else rest - base))
+    """Weights of a tile relative to 2^reference, which stays as it is."""
+    return exp2(x * mul - (reference - row * mul)[:, None])
 
 
 def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:
