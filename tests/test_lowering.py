@@ -18,7 +18,6 @@ from pallas_attn.testing.lowering import (
 from pallas_attn.testing.numerics import SPILLS
 
 
-compiles = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 LENGTH = 1024
 SIZES = {"B": 2, "N": 8, "K": 8, "T": LENGTH, "S": LENGTH}
 
@@ -82,6 +81,13 @@ SPILLING = {
     # every kind of mask at once: 8 bytes over the limit, and not timed
     "none, all at once, T1024 H64 bfloat16": {(90, "cols"): 72},
 }
+
+
+def compiles(test):
+    """A test that makes machine code with the `triton` wheel."""
+    missing = unavailable()
+    skip = pytest.mark.skipif(missing is not None, reason=str(missing))
+    return pytest.mark.machine_code(skip(test))
 
 
 def named(case):

@@ -108,8 +108,11 @@ def _attend(
     hides: bool,  # whether some key is seen by nobody
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
+    precision = call.precision
+    if precision is None and call.dtype == "float16":
+        precision = lax.Precision.HIGHEST  # a GPU's TF32 would round weights to 11 bits
     dot = functools.partial(
-        jnp.einsum, precision=call.precision, preferred_element_type=key.dtype
+        jnp.einsum, precision=precision, preferred_element_type=key.dtype
     )
     places = allowed(call, visibility)
     added = seen_added(places, added)
