@@ -176,6 +176,15 @@ def test_the_floor_is_the_slower_of_products_and_memory():
     assert work.peak_share(device, milliseconds=16.0) == 0.25
 
 
+def test_rates_are_of_the_square_and_of_its_causal_half():
+    case = small("causal", causal=True)
+    square = 4 * case.B * case.N * case.T**2 * case.H / 1e12
+    forward = roofline.tflops(case, "forward", milliseconds=1e3)
+    assert forward == pytest.approx({"full": square, "causal": square / 2})
+    both = roofline.tflops(small("full"), "both", milliseconds=0.5e3)
+    assert both == pytest.approx({"full": 7 * square})
+
+
 def test_a_failed_compilation_does_not_lose_the_others():
     def broken():
         raise ValueError("no such kernel")
@@ -229,11 +238,14 @@ def test_a_run_measures_every_case(run):
     assert found["device"]["kind"] == jax.devices()[0].device_kind
     results = [Result.of_json(values) for values in found["results"]]
     assert [result.name for result in results] == [case.name for case in SMALL]
-    for result in results:
+    for result, case in zip(results, SMALL, strict=True):
         assert not result.failures
         assert all((result.ratio(work) or 0) > 0 for work in ("forward", "both"))
         programs = {"ours forward", "ours both", "peer forward", "peer both"}
         assert set(result.timings) == set(result.temporaries) == programs
+        assert set(result.tflops) == programs
+        median = result.timings["ours both"].median
+        assert result.tflops["ours both"] == roofline.tflops(case, "both", median)
         assert min(result.temporaries.values()) > 0
         assert set(result.visited) == {"forward", "rows", "cols"}
         assert set(result.errors) == {"ours", "peer"}

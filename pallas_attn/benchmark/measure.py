@@ -139,6 +139,10 @@ def _measure(
     return dataclasses.replace(
         result,
         timings=timings,
+        tflops={
+            name: roofline.tflops(case, name.split()[1], taken.median)
+            for name, taken in timings.items()
+        },
         temporaries={
             name: found
             for name in calls

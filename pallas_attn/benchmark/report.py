@@ -26,6 +26,10 @@ METHOD = (
     "medians of interleaved runs in one process, everything compiled before; "
     "forward + backward is the output and every gradient, the bias's included"
 )
+TFLOPS = (
+    "TFLOP/s: 4 T S H for each head forward, 3.5 times that with backward; full counts "
+    "the whole square of queries and keys, causal half of it"
+)
 ERRORS = (
     "errors: norm(x - truth) / norm(truth) of the first and last key heads (of the "
     "first batch entry, or of all where a bias is shared), the truth by our xla at "
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _summary(results: Sequence[Result]) -> None:
     tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
-    _say(f"{METHOD}.\n{ERRORS}.")
+    _say(f"{METHOD}.\n{TFLOPS}.\n{ERRORS}.")
     met = [met for result in results for met in result.met().values()]
     _say(f"{sum(met)} of {len(met)} targets met.")
 
@@ -143,6 +147,7 @@ def _report(implementation: str) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "method": METHOD,
+        "tflops": TFLOPS,
         "errors": ERRORS,
         "implementation": implementation,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -20,6 +20,8 @@ class Result:
         targets: "forward" and "both": the ratio to reach; "temporaries_mib",
             "temporaries_share".
         timings: By program.
+        tflops: By program, 10^12 operations in a second: "full" of the whole square of
+            queries and keys, "causal" of the visible half.
         temporaries: MiB, by program.
         errors: By side, "ours" and "peer": the relative error by leaf, on a few heads.
         truth: In what the errors' reference was computed.
@@ -35,6 +37,7 @@ class Result:
     peer: str | None
     targets: dict[str, float] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
+    tflops: dict[str, dict[str, float]] = field(default_factory=dict)
     temporaries: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     truth: str = ""

@@ -82,6 +82,27 @@ def both(case: Case) -> Work:
     return Work(float(pairs(case) * (14 * case.H + 8 * _rank(case))), moved)
 
 
+def tflops(case: Case, work: str, milliseconds: float) -> dict[str, float]:
+    """10^12 operations in a second, as papers count them: products over H alone.
+
+    Of a forward pass 4 T S H for each head and batch entry, of forward and backward
+    3.5 times as many; pairs that causality hides count in one convention and not in the
+    other.
+
+    Args:
+        case: What ran.
+        work: "forward" or "both".
+        milliseconds: How long it took.
+
+    Returns:
+        "full", of the whole square of queries and keys; and "causal", half of it, for a
+        causal case.
+    """
+    flops = 4 * case.B * case.N * case.T * case.T * case.H
+    full = flops * {"forward": 1.0, "both": 3.5}[work] / (1e-3 * milliseconds) / 1e12
+    return {"full": full, "causal": full / 2} if case.causal else {"full": full}
+
+
 def _rank(case: Case) -> int:
     return sum(term.rank for term in case.bias)
 

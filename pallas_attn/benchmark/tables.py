@@ -15,9 +15,11 @@ HEAD = (
     "forward ms",
     "peer",
     "ratio",
+    "TFLOP/s full, causal",
     "fwd+bwd ms",
     "peer",
     "ratio",
+    "TFLOP/s full, causal",
     "temporaries MiB",
     "peer",
     "error output, worst gradient",
@@ -35,9 +37,11 @@ def cells(result: Result) -> tuple[str, ...]:
         _number(result.milliseconds("ours forward")),
         _number(result.milliseconds("peer forward")),
         _against(result, "forward"),
+        _rates(result, "ours forward"),
         _number(result.milliseconds("ours both")),
         _number(result.milliseconds("peer both")),
         _against(result, "both"),
+        _rates(result, "ours both"),
         _memory(result),
         _number(result.temporaries.get("peer both")),
         _errors(result, "ours"),
@@ -100,8 +104,10 @@ def markdown(report: dict[str, Any]) -> str:
         "peer",
         "forward: ours, peer (ms)",
         "ratio",
+        "TFLOP/s full, causal",
         "forward + backward: ours, peer (ms)",
         "ratio",
+        "TFLOP/s full, causal",
         "temporaries: ours, peer (MiB)",
     )
     lines = [head, ("---",) * len(head)]
@@ -114,14 +120,17 @@ def markdown(report: dict[str, Any]) -> str:
                 result.peer or "-",
                 _pair(result.milliseconds, "forward"),
                 _against(result, "forward"),
+                _rates(result, "ours forward"),
                 _pair(result.milliseconds, "both"),
                 _against(result, "both"),
+                _rates(result, "ours both"),
                 _pair(result.temporaries.get, "both"),
             )
         )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     where = f"{device['kind']}, {report['implementation']}, jax {versions['jax']}"
-    return f"{where}; {report['method']}.\n\n{table}"
+    method = "; ".join(report[x] for x in ("method", "tflops") if x in report)
+    return f"{where}; {method}.\n\n{table}"
 
 
 def _pair(value: Any, work: str) -> str:
@@ -133,6 +142,10 @@ def _against(result: Result, work: str) -> str:
     if ratio is None or target is None:
         return _number(ratio)
     return f"{ratio:.2f} (<= {target:.2f}: {_met(result, work)})"
+
+
+def _rates(result: Result, program: str) -> str:
+    return ", ".join(map(_number, result.tflops.get(program, {}).values())) or "-"
 
 
 def _memory(result: Result) -> str:
