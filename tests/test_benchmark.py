@@ -20,12 +20,13 @@ from pallas_attn.benchmark import (
     tables,
     timing,
 )
+from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.errors import sample_of
 from pallas_attn.benchmark.inputs import draw, shapes_of
 from pallas_attn.benchmark.peers import Peer, PEERS
 from pallas_attn.benchmark.programs import ours, Side
 from pallas_attn.benchmark.results import Result
-from pallas_attn.benchmark.specs import ALIBI, Case, CASES, DENSE, Target, Term
+from pallas_attn.benchmark.specs import ALIBI, Case, DENSE, Target, Term
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.config import Block
 from pallas_attn.testing.numerics import assert_formula
@@ -49,8 +50,8 @@ PROMISED = {
     "B2 N4 T4096 H32, factored R8 float32": ("cudnn-concatenation", 1.6, 1.5),
     "B2 N8 T8192 H64, factored R16 float32": ("cudnn-concatenation", 1.9, 1.5),
     "B128 N4 T4096 H32, dense [1,4,4096,4096]": ("cudnn-bias", 0.75, 0.55),
-    "B1 N8 T2048 H64 causal, ALiBi": ("xla", 0.9, 0.6),
-    "B1 N8 T2048 H64 causal, dense [1,8,2048,2048]": ("xla", 0.9, 0.6),
+    "B1 N8 T2048 H64 float32 causal, ALiBi": ("xla", 0.9, 0.6),
+    "B1 N8 T2048 H64 float32 causal, dense [1,8,2048,2048]": ("xla", 0.9, 0.6),
 }
 
 

@@ -31,7 +31,7 @@ def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
     queries = (case.B, case.T, case.N, case.H)
     keys = (case.B, case.T, case.key_heads, case.H)
     return Inputs(
-        query=_normal(seeds[0], queries, case.dtype),
+        query=case.query_factor * _normal(seeds[0], queries, case.dtype),
         key=_normal(seeds[1], keys, case.dtype),
         value=_normal(seeds[2], keys, case.dtype),
         bias=_bias(case, seeds[3]),

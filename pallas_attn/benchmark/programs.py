@@ -48,14 +48,14 @@ class Side:
 
 
 def ours(case: Case, implementation: str, config: Config | None = None) -> Side:
-    """The public function, as a case calls it."""
+    """The public function, as a case calls it, or with another config."""
 
     def attend(*operands: Any) -> Array:
         return dot_product_attention(
             *operands,
             is_causal=case.causal,
             implementation=implementation,
-            config=config,
+            config=config or case.config,
         )
 
     return Side(attend)
@@ -103,7 +103,10 @@ def _visited(case: Case, implementation: str) -> Callable[[Inputs], dict[str, Ar
 
     def shares(inputs: Inputs) -> dict[str, Array]:
         found = visited(
-            *inputs[:4], is_causal=case.causal, implementation=implementation
+            *inputs[:4],
+            is_causal=case.causal,
+            implementation=implementation,
+            config=case.config,
         )
         return {
             "forward": found.forward.mean(),

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 
 from pallas_attn.benchmark import measure, sweep, tables, timing
+from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.results import Result
-from pallas_attn.benchmark.specs import Case, CASES
+from pallas_attn.benchmark.specs import Case
 
 
 METHOD = (

@@ -79,7 +79,7 @@ def swept(
             _compile, case, implementation, key, config
         )
         for case in cases
-        for key, config in _configs(choices).items()
+        for key, config in _configs(case, choices).items()
     }
     draws = {
         (case.name, "draw"): functools.partial(
@@ -107,16 +107,17 @@ def line(trial: Trial) -> str:
 
 
 def _configs(
-    choices: Sequence[tuple[str, Block]],
+    case: Case, choices: Sequence[tuple[str, Block]]
 ) -> dict[tuple[str, str], Config | None]:
-    """By work and name: the shipped choice for each work, and the others."""
+    """By work and name: the case's own choice for each work, and the others."""
+    own = case.config or Config()
     works = {which: "forward" if which == "forward" else "both" for which, _ in choices}
     found: dict[tuple[str, str], Config | None] = {
         (work, "shipped"): None for work in works.values()
     }
     for which, b in choices:
         name = f"{which}={b.block_q}x{b.block_k}x{b.num_warps}x{b.num_stages}"
-        found[works[which], name] = dataclasses.replace(Config(), **{which: b})
+        found[works[which], name] = dataclasses.replace(own, **{which: b})
     return found
 
 
