@@ -81,31 +81,14 @@ def _forward(
 def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
     query, key, value, added, visibility = operands
     row = rows(query, key, value, added, visibility, call)
-    alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
-    do, dlse = (x.astype(row.q.dtype) for x in cotangents)
-    do, dlse = jnp.where(alive[..., None], do, 0), jnp.where(alive, dlse, 0)
-
-    delta = (do * row.output).sum(3)
-    dp = einsum("BTNh,BSNh->BNTS", do, row.v)
-    dt = row.weights * (dp + jnp.swapaxes(dlse - delta, 1, 2)[..., None])
-    dt = jnp.where(row.visible, dt, 0)
-
-    dq = call.scale * einsum("BNTS,BSNH->BTNH", dt, row.k)
-    dk = call.scale * einsum("BNTS,BTNH->BSNH", dt, row.q)
-    dv = einsum("BNTS,BTNh->BSNh", row.weights, do)
+    do, dt = logit_cotangents(row, cotangents)
 
     def bias(added: Added) -> Array:
         zero = jnp.zeros(dt.shape, dt.dtype)
         return sum(seen_added(row.visible, added).on(region(visibility, call)), zero)
 
     (dadded,) = jax.vjp(bias, added)[1](dt)
-    return (
-        dq.astype(query.dtype),
-        _shared_heads(dk, call).astype(key.dtype),
-        _shared_heads(dv, call).astype(value.dtype),
-        dadded,
-        None,
-    )
+    return (*operand_cotangents(row, do, dt, call), dadded, None)
 
 
 attend_with_written_backward.defvjp(_forward, _backward)
@@ -136,18 +119,42 @@ def rows(
     Visibility comes first, from the operands as they are; what no visible place reads
     (and may be NaN) is then replaced by 0 before it meets anything.
     """
-    dtype = accumulator(call)
-    q = query.astype(dtype)
-    k, v = (jnp.repeat(x.astype(dtype), call.G, axis=2) for x in (key, value))
-
+    q, k, v = widened(query, key, value, call)
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
-    alive = visible.any(3)
-    q, k, v = (
-        seen(visible, x, home) for x, home in ((q, "query"), (k, "key"), (v, "key"))
-    )
+    q, k, v = seen_operands(visible, q, k, v)
     t, _ = _logits(q, k, seen_added(visible, added), visibility, call)
-    t = jnp.where(visible, t, -jnp.inf)
+    return softmax(q, k, v, visible, t)
 
+
+def widened(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    call: Call,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N h"]]:
+    """The operands in the accumulator's dtype, heads of keys written out."""
+    dtype = accumulator(call)
+    k, v = (jnp.repeat(x.astype(dtype), call.G, axis=2) for x in (key, value))
+    return query.astype(dtype), k, v
+
+
+def seen_operands(
+    places: Bool[Array, "#B #N T S"], q: Array, k: Array, v: Array
+) -> tuple[Array, Array, Array]:
+    """Query, key and value, 0 where no place that is True reads them."""
+    return seen(places, q, "query"), seen(places, k, "key"), seen(places, v, "key")
+
+
+def softmax(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N h"],
+    visible: Bool[Array, "B N T S"],
+    t: Float[Array, "B N T S"],
+) -> Rows:
+    """From the logits on, whatever they are made of."""
+    t = jnp.where(visible, t, -jnp.inf)
+    alive = visible.any(3)
     m = jnp.where(alive, lax.stop_gradient(t).max(3), 0)
     e = jnp.exp(t - m[..., None])
     l = jnp.where(alive, e.sum(3), 1)
@@ -156,6 +163,37 @@ def rows(
     output = jnp.where(jnp.swapaxes(alive, 1, 2)[..., None], output, 0)
     lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
     return Rows(q, k, v, visible, weights, output, jnp.swapaxes(lse, 1, 2))
+
+
+def logit_cotangents(
+    row: Rows, cotangents: tuple[Array, Array]
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B N T S"]]:
+    """Those of the output, 0 in empty rows, and of the logits: do and dT."""
+    alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
+    do, dlse = (x.astype(row.q.dtype) for x in cotangents)
+    do, dlse = jnp.where(alive[..., None], do, 0), jnp.where(alive, dlse, 0)
+    delta = (do * row.output).sum(3)
+    dp = einsum("BTNh,BSNh->BNTS", do, row.v)
+    dt = row.weights * (dp + jnp.swapaxes(dlse - delta, 1, 2)[..., None])
+    return do, jnp.where(row.visible, dt, 0)
+
+
+def operand_cotangents(
+    row: Rows, do: Float[Array, "B T N h"], ds: Float[Array, "B N T S"], call: Call
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K h"]]:
+    """Those of query, key and value, from those of the output and of scale q.k."""
+    dq = call.scale * einsum("BNTS,BSNH->BTNH", ds, row.k)
+    dk = call.scale * einsum("BNTS,BTNH->BSNH", ds, row.q)
+    dv = einsum("BNTS,BTNh->BSNh", row.weights, do)
+    dk, dv = (_shared_heads(x, call) for x in (dk, dv))
+    return dq.astype(call.dtype), dk.astype(call.dtype), dv.astype(call.dtype)
+
+
+def scores(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], call: Call
+) -> Float[Array, "B N T S"]:
+    """The scaled products s = scale q.k."""
+    return call.scale * einsum("BTNH,BSNH->BNTS", q, k)
 
 
 def accumulator(call: Call) -> Any:
@@ -174,7 +212,7 @@ def _logits(
 ) -> tuple[Float[Array, "B N T S"], list[Float[Array, "#B #N #T #S"]]]:
     """Scores with every term, and each term's own value."""
     values = added.on(region(visibility, call))
-    return sum(values, call.scale * einsum("BTNH,BSNH->BNTS", q, k)), values
+    return sum(values, scores(q, k, call)), values
 
 
 def _visible(

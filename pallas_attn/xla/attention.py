@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, homes, Region
 from pallas_attn.call import Call, Visibility
 from pallas_attn.visible import allowed, seen_added, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
+
+
+class Logits(NamedTuple):
+    """What the softmax of a chunk is taken of: t + shift, over the visible places."""
+
+    t: Float[Array, "B N T S"]
+    visible: Bool[Array, "B N T S"]
+    shift: Float[Array, "B N T 1"] | float = 0.0
+
+
+# (scores [B, N, T, S], places [#B, #N, #T, #S], the chunk's bias, its region)
+LogitsOf = Callable[[Array, Array, Added, Region], Logits]
 
 
 def attend(
@@ -32,6 +45,30 @@ def attend(
     call: Call,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.attention.attend`."""
+    return in_chunks(query, key, value, added, visibility, call, _sums)
+
+
+def _sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
+    """Scores with every term; each and their sum may leave a key weightless."""
+    values = added.on(region)
+    t = sum(values, scores)
+    visible = functools.reduce(jnp.logical_and, map(weighty, (t, *values)), places)
+    return Logits(t, visible)
+
+
+def in_chunks(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+    logits: LogitsOf,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Attention of every query, by logits that a chunk's scores and bias make.
+
+    A chunk holds, in their order, all keys that a query of it may attend to.
+    """
     dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
     plan = chunks(call, visibility, added)
     hides = may_hide(call, visibility)
@@ -55,6 +92,7 @@ def attend(
                 cut_visibility(visibility, call, place),
                 small,
                 hides,
+                logits,
             )
 
         return lax.map(chunk, starts)
@@ -106,6 +144,7 @@ def _attend(
     visibility: Visibility,
     call: Call,
     hides: bool,  # whether some key is seen by nobody
+    logits: LogitsOf,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
     precision = call.precision
@@ -123,19 +162,18 @@ def _attend(
     q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
     unknown = ~jnp.isfinite(q).all(3, keepdims=True)
     q = jnp.where(unknown, 0, q).reshape(call.B, call.K, -1, call.H)
-    scores = (call.B, call.N, call.T, call.S)
-    t = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(scores)
+    pairs = (call.B, call.N, call.T, call.S)
+    scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
     # a row's NaN meets its scores here: a product would spread it over gradients of
     # keys even where a bias hides all of the row
-    t = t + jnp.where(unknown, jnp.nan, 0)
+    scores = scores + jnp.where(unknown, jnp.nan, 0)
 
     queries, keys = visibility.query_positions, visibility.key_positions
     assert queries is not None
     assert keys is not None
-    values = added.on(Region(queries[..., :, None], keys[..., None, :], key.dtype))
-    t = sum(values, t)
-    places = functools.reduce(jnp.logical_and, map(weighty, (t, *values)), places)
-    t = jnp.where(places, t, -jnp.inf)
+    region = Region(queries[..., :, None], keys[..., None, :], key.dtype)
+    t, visible, shift = logits(scores, places, added, region)
+    t = jnp.where(visible, t, -jnp.inf)
 
     m = lax.stop_gradient(t).max(3, keepdims=True)
     m = jnp.where(m == -jnp.inf, 0, m)
@@ -144,9 +182,9 @@ def _attend(
     alive = l != 0  # of the largest score exp(0); NaN is alive
     l = jnp.where(alive, l, 1)
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
-    o = o.reshape(*scores[:3], call.h)
+    o = o.reshape(*pairs[:3], call.h)
     o = jnp.where(alive, o / l, 0).astype(query.dtype)
-    lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
+    lse = jnp.where(alive, m + jnp.log(l) + shift, -jnp.inf)
     return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse[..., 0], 1, 2)
 
 
