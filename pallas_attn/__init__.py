@@ -16,6 +16,10 @@ from pallas_attn.bias.base import (
     pair_home as pair_home,
     query_home as query_home,
 )
+from pallas_attn.bias.co_alibi import (
+    co_alibi_slopes as co_alibi_slopes,
+    CoALiBi as CoALiBi,
+)
 from pallas_attn.bias.dense import DenseBias as DenseBias
 from pallas_attn.bias.factored import FactoredBias as FactoredBias
 from pallas_attn.config import Block as Block, Config as Config

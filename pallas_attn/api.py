@@ -14,7 +14,7 @@ from pallas_attn.bias.base import Bias
 from pallas_attn.canonical import accumulator, canonical
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
-from pallas_attn.implementations import attend_of
+from pallas_attn.implementations import attend_of, visited_of
 from pallas_attn.normalizers.softmax import Softmax
 
 
@@ -74,6 +74,7 @@ def dot_product_attention(
         bias: Added to the scaled scores, never scaled: an array [#B, #N, #T, #S] (fewer
             axes align to the right), a bias value (`DenseBias`, `FactoredBias`,
             `ALiBi`, your own `Bias`), or a sum of them with `+`; in any floating dtype.
+            `CoALiBi`, which reads the scores themselves, is given alone.
             Gradients are summed over shared axes. Under `vmap` over the query with an
             unmapped bias JAX forms one bias gradient per mapped element before it sums:
             use a batch axis instead.
@@ -114,8 +115,8 @@ def dot_product_attention(
     Raises:
         ValueError: if a shape, range, name or combination of arguments is wrong.
         TypeError: if a dtype or class is, or a static argument is traced.
-        NotImplementedError: if a named implementation cannot run the call, or an
-            argument is announced only.
+        NotImplementedError: if a named implementation cannot run the call, an argument
+            is announced only, or `CoALiBi` is in a sum.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -127,7 +128,7 @@ def dot_product_attention(
         (2, 97, 8, 64)
 
     Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691); Press et al., ALiBi (arXiv
-    2108.12409); FlashBias (arXiv 2505.12044).
+    2108.12409); FlashBias (arXiv 2505.12044); Co-ALiBi (github.com/Nathancgy/Co-ALIBI).
     """
     return_residual = check.flag("return_residual", return_residual)
     given = canonical(
@@ -158,7 +159,7 @@ def dot_product_attention(
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
         lse = jnp.full(output.shape[:-1], -jnp.inf, accumulator(output.dtype))
     else:
-        output, lse = attend_of(given.implementation)(*given.operands)
+        output, lse = attend_of(given.implementation, given.bias)(*given.operands)
     output = output.reshape(*sizes.leading, *output.shape[1:])
     lse = lse.reshape(*sizes.leading, *lse.shape[1:])
     return (output, lse) if return_residual else output
@@ -228,10 +229,9 @@ def visited(
         config=config,
     )
     sizes = given.sizes
-    if sizes.empty or given.implementation in ("xla", "reference"):
+    blocks = visited_of(given.implementation, given.bias)
+    if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
-        from pallas_attn.kernels.attention import visited_blocks
-
-        shares = visited_blocks(*given.operands)
+        shares = blocks(*given.operands)
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

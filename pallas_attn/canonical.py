@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, has_tile, homes
+from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call, Visibility
 from pallas_attn.checks import (
     arrays as check,
@@ -33,14 +34,14 @@ class Canonical(NamedTuple):
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K h"]
-    added: Added
+    bias: Added | CoALiBi
     visibility: Visibility
     call: Call
     implementation: str
     sizes: Sizes
 
     @property
-    def operands(self) -> tuple[Array, Array, Array, Added, Visibility, Call]:
+    def operands(self) -> tuple[Array, Array, Array, Added | CoALiBi, Visibility, Call]:
         """The arguments of an implementation."""
         return self[:6]
 
@@ -90,7 +91,7 @@ def canonical(
         positions=check.positions(query_positions, key_positions, offset, sizes),
         offset=offset,
     )
-    added = _added(check_bias.given(bias, sizes), sizes, q.dtype)
+    bias = _bias(check_bias.given(bias, sizes), sizes, q.dtype)
     choice = resolve(
         implementation, current_device(), dtype=q.dtype.name, H=sizes.H, h=sizes.h
     )
@@ -113,7 +114,7 @@ def canonical(
         interpret=name == "triton_interpret",
     )
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
-    return Canonical(q, k, v, added, visibility, call, name, sizes)
+    return Canonical(q, k, v, bias, visibility, call, name, sizes)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -166,6 +167,15 @@ def _visibility(
         key_segments=flat(key_segments, 1),
         mask=flat(mask, 3),
     )
+
+
+def _bias(bias: Bias, sizes: Sizes, dtype: Any) -> Added | CoALiBi:
+    """What is added to the scores: their terms and products, or Co-ALiBi alone."""
+    if not isinstance(bias, CoALiBi):
+        return _added(bias, sizes, dtype)
+    slopes = check_bias.tiled("bias", bias, sizes)["slopes"]
+    slopes = flattened(slopes, sizes.leading, RANKS["head"])
+    return CoALiBi(slopes.astype(accumulator(dtype)))
 
 
 def _added(bias: Bias, sizes: Sizes, dtype: Any) -> Added:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+
+from pallas_attn.bias.base import Added
+from pallas_attn.bias.co_alibi import CoALiBi
 
 
 NAMES = ("triton", "triton_interpret", "xla", "reference")
@@ -111,15 +115,29 @@ def resolve(
     return Choice(None, "; ".join(refusals))
 
 
-def attend_of(name: str) -> Callable[..., Any]:
-    """The function behind a name, imported when it is first used."""
-    if name == "xla":
-        from pallas_attn.xla.attention import attend
-    elif name == "reference":
-        from pallas_attn.reference.attention import attend
-    else:
-        from pallas_attn.kernels.attention import attend
-    return attend
+def attend_of(name: str, bias: Added | CoALiBi) -> Callable[..., Any]:
+    """The function behind a name, imported when it is first used.
+
+    Args:
+        name: One of `NAMES`.
+        bias: The fourth operand; Co-ALiBi has functions of its own.
+    """
+    return _module(name, bias).attend
+
+
+def visited_of(name: str, bias: Added | CoALiBi) -> Callable[..., Any] | None:
+    """What counts the blocks that an implementation visits; None: it visits all."""
+    if name in ("xla", "reference"):
+        return None
+    return _module(name, bias).visited_blocks
+
+
+def _module(name: str, bias: Added | CoALiBi) -> Any:
+    package = name if name in ("xla", "reference") else "kernels"
+    module = "attention"
+    if isinstance(bias, CoALiBi):
+        module = "co_alibi.attention" if package == "kernels" else "co_alibi"
+    return importlib.import_module(f"pallas_attn.{package}.{module}")
 
 
 def _no_cuda(device: Device) -> str | None:

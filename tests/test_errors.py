@@ -12,6 +12,7 @@ from pallas_attn import (
     api,
     Bias,
     Block,
+    CoALiBi,
     Config,
     DenseBias,
     dot_product_attention,
@@ -22,6 +23,7 @@ from pallas_attn import (
     Softmax,
     visited,
 )
+from pallas_attn.bias.base import Sum
 
 
 B, T, S, N, K, H, h = 2, 5, 7, 4, 2, 8, 6
@@ -95,8 +97,11 @@ class NoTuple(Bias):
         return ALiBi(self.slopes)
 
 
-class CoALiBi:
-    """Stands for a class of a later version."""
+class Hidden(Bias):
+    slopes: Any = head_home()
+
+    def expand(self):
+        return (CoALiBi(self.slopes),)
 
 
 class Entmax:
@@ -169,6 +174,18 @@ WRONG = {
     "contract of unequal ranks": Wrong({"bias": Unequal(floats(B, T, N, 3), floats(B, S, N, 4))}, ValueError, ("`bias.contract()[1]`", "R] = ", "(2, 7, 4, 4)", "leading axes")),
     "expand returns arrays": Wrong({"bias": Arrays(floats(N))}, TypeError, ("`bias.expand`", "bias values", "array", "DenseBias(array)")),
     "expand returns a term": Wrong({"bias": NoTuple(floats(N))}, TypeError, ("`bias.expand`", "a tuple", "an ALiBi", "return (term,)")),
+    # Co-ALiBi
+    "contextual slopes of other heads": Wrong({"bias": CoALiBi(floats(3))}, ValueError, ("`bias.slopes`", "[1 or B, 1 or N] = [1|2, 1|4]", "(3,)", "one number per head")),
+    "contextual slopes of another batch": Wrong({"bias": CoALiBi(floats(3, N))}, ValueError, ("`bias.slopes`", "[1 or B, 1 or N] = [1|2, 1|4]", "(3, 4)", "one number per head")),
+    "scalar contextual slope": Wrong({"bias": CoALiBi(floats())}, ValueError, ("`bias.slopes`", "1 or N", "()", "one number per head")),
+    "contextual slopes are a list": Wrong({"bias": CoALiBi([0.5] * N)}, TypeError, ("`bias.slopes`", "must be an array", "a list", "jnp.asarray")),  # pyright: ignore[reportArgumentType]
+    "integer contextual slopes": Wrong({"bias": CoALiBi(ints(N))}, TypeError, ("`bias.slopes`", "float32", "int32", "cast")),
+    "Co-ALiBi is a class": Wrong({"bias": CoALiBi}, TypeError, ("`bias`", "a value, not a class", "the class CoALiBi", "CoALiBi(...)")),
+    "Co-ALiBi and ALiBi": Wrong({"bias": ALiBi(floats(N)) + CoALiBi(floats(N))}, NotImplementedError, ("`bias`", "Co-ALiBi with another bias", "a CoALiBi at `bias.terms[1]`", "alone")),
+    "Co-ALiBi and an array": Wrong({"bias": CoALiBi(floats(N)) + floats(T, S)}, NotImplementedError, ("`bias`", "Co-ALiBi with another bias", "a CoALiBi at `bias.terms[0]`", "alone")),
+    "Co-ALiBi twice": Wrong({"bias": CoALiBi(floats(N)) + CoALiBi(floats(N))}, NotImplementedError, ("`bias`", "Co-ALiBi with another bias", "a CoALiBi at `bias.terms[0]`", "alone")),
+    "Co-ALiBi in a sum of sums": Wrong({"bias": Sum((ALiBi(floats(N)), Sum((CoALiBi(floats(N)),))))}, NotImplementedError, ("`bias`", "Co-ALiBi with another bias", "a CoALiBi at `bias.terms[1].terms[0]`", "alone")),
+    "Co-ALiBi in an expansion": Wrong({"bias": Hidden(floats(N))}, NotImplementedError, ("`bias`", "Co-ALiBi with another bias", "a CoALiBi at `bias.expand()[0]`", "alone")),
     # mask
     "float mask": Wrong({"mask": floats(T, S)}, TypeError, ("`mask`", "must be bool", "float32", "`bias=mask`")),
     "int mask": Wrong({"mask": ints(T, S)}, TypeError, ("`mask`", "must be bool", "int32", "mask != 0")),
@@ -213,7 +230,7 @@ WRONG = {
     "normalizer is a class": Wrong({"normalizer": Softmax}, TypeError, ("`normalizer`", "Softmax()", "the class Softmax", "Leave it out")),
     "normalizer is None": Wrong({"normalizer": None}, TypeError, ("`normalizer`", "Softmax()", "None", "Leave it out")),
     "entmax": Wrong({"normalizer": Entmax()}, NotImplementedError, ("`normalizer`", "alpha-entmax", "Entmax", "Use Softmax()")),
-    "Co-ALiBi": Wrong({"bias": CoALiBi()}, NotImplementedError, ("`bias`", "Contextual ALiBi", "CoALiBi", "Use Softmax()")),
+    "Co-ALiBi and entmax": Wrong({"bias": CoALiBi(floats(N)), "normalizer": Entmax()}, NotImplementedError, ("`normalizer`", "alpha-entmax", "Entmax", "Use Softmax()")),
     "forget gate": Wrong({"bias": ForgetGate(floats(B, S, N))}, NotImplementedError, ("`bias`", "forget gate", "ForgetGate", "Use Softmax()")),
     "soft cap": Wrong({"logits_soft_cap": 30.0}, NotImplementedError, ("`logits_soft_cap`", "not implemented", "30.0", "Leave it None")),
     "soft cap of 0": Wrong({"logits_soft_cap": 0.0}, ValueError, ("`logits_soft_cap`", "> 0", "0.0", "None caps nothing")),
@@ -248,7 +265,7 @@ def arguments(wrong):
 def launched(monkeypatch):
     """Nothing may be computed: no implementation is reached."""
 
-    def fail(name):
+    def fail(name, bias):
         raise AssertionError(f"{name} was reached")
 
     monkeypatch.setattr(api, "attend_of", fail)
@@ -303,6 +320,15 @@ def test_no_leading_axis_is_not_spelled(launched):
     bias = factored((T, N, 3), (1, S, N, 3))
     check(
         Wrong({}, ValueError, says), lambda: dot_product_attention(**given, bias=bias)
+    )
+
+
+def test_co_alibi_is_no_array_of_positions():
+    says = ("`CoALiBi.materialise`", "depends on the scores", "dot_product_attention")
+    rows = jnp.arange(T, dtype=jnp.int32)
+    check(
+        Wrong({}, NotImplementedError, says),
+        lambda: CoALiBi(floats(N)).materialise(rows, rows),
     )
 
 

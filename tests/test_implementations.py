@@ -72,9 +72,9 @@ def reached(monkeypatch):
     """The names of the implementations that calls reach."""
     names = []
 
-    def attend_of(name):
+    def attend_of(name, bias):
         names.append(name)
-        return lambda q, k, v, added, visibility, call: (
+        return lambda q, k, v, bias, visibility, call: (
             v[:, : call.T],
             v[:, : call.T, :, 0],
         )

@@ -18,11 +18,13 @@ PUBLIC = [
     "ALiBi",
     "Bias",
     "Block",
+    "CoALiBi",
     "Config",
     "DenseBias",
     "FactoredBias",
     "Softmax",
     "alibi_slopes",
+    "co_alibi_slopes",
     "dot_product_attention",
     "head_home",
     "key_home",
@@ -31,7 +33,13 @@ PUBLIC = [
     "query_home",
     "visited",
 ]
-FUNCTIONS = ["alibi_slopes", "dot_product_attention", "linear_alibi_slopes", "visited"]
+FUNCTIONS = [
+    "alibi_slopes",
+    "co_alibi_slopes",
+    "dot_product_attention",
+    "linear_alibi_slopes",
+    "visited",
+]
 
 SIGNATURE = """
     query, key, value, bias=None, mask=None, *,
@@ -101,7 +109,7 @@ def test_functions_say_shapes_errors_and_an_example(name):
         assert name == "visited" or f" {parameter}: " in said, parameter
 
 
-@pytest.mark.parametrize("name", ["ALiBi", "DenseBias", "FactoredBias"])
+@pytest.mark.parametrize("name", ["ALiBi", "CoALiBi", "DenseBias", "FactoredBias"])
 def test_biases_say_their_formula_and_the_shapes_of_their_fields(name):
     said = getattr(pallas_attn, name).__doc__
     assert said.startswith("b_ij = ")

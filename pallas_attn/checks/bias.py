@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Array
 
 from pallas_attn.bias.base import Bias, has_tile, homes, Sum
+from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.checks.rules import (
     array,
@@ -85,7 +86,10 @@ def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
 
 
 def terms(name: str, bias: Bias) -> Iterator[tuple[str, Bias]]:
-    """The simplest terms of a bias, each by name: those that `expand` leaves alone."""
+    """The simplest terms of a bias, each by name: those that `expand` leaves alone.
+
+    A CoALiBi among them is refused: it is no sum's term.
+    """
     if isinstance(bias, Sum):
         for i, part in enumerate(bias.terms):
             yield from terms(f"{name}.terms[{i}]", part)
@@ -109,6 +113,11 @@ def terms(name: str, bias: Bias) -> Iterator[tuple[str, Bias]]:
 
 
 def _adding(name: str, term: Bias) -> Bias:
+    if isinstance(term, CoALiBi):
+        raise NotImplementedError(
+            "`bias`: Co-ALiBi with another bias is not implemented in this version; "
+            f"got {kind(term)} at `{name}`. Pass CoALiBi(slopes) alone."
+        )
     if not has_tile(term) and type(term).contract is Bias.contract:
         raise TypeError(
             f"`{name}` must override tile, contract or expand; got "
@@ -118,7 +127,7 @@ def _adding(name: str, term: Bias) -> Bias:
 
 
 def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
-    """The fields of a term with a `tile`: one number per head, query, key or pair."""
+    """The fields that kernels read: one number per head, query, key or pair."""
     known = homes(x)
     for field in dataclasses.fields(x):
         if field.name not in known and not field.metadata.get("static"):

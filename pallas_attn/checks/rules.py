@@ -17,7 +17,6 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # What later versions bring, by the name of its class.
 LATER = {
-    "CoALiBi": "Contextual ALiBi",
     "ForgetGate": "The forget gate",
     "Entmax": "alpha-entmax",
 }
