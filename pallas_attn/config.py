@@ -32,6 +32,8 @@ class Config:
         cols: The backward pass that owns what varies along keys (dk, dv).
         tiles: The backward pass that owns what varies along both (a dense bias).
         prune: Leave out key blocks that provably hold at most 2^-24 of the weight.
+        carry_mib: The most MiB of carries that Co-ALiBi's backward passes hand over; it
+            goes through groups of heads to stay below, 8 T S / block_k bytes a head.
     """
 
     forward: Block | None = None
@@ -39,6 +41,7 @@ class Config:
     cols: Block | None = None
     tiles: Block | None = None
     prune: bool = True
+    carry_mib: int = 512
 
 
 @dataclass(frozen=True)

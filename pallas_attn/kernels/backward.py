@@ -24,6 +24,7 @@ from pallas_attn.kernels.owner import (
     report,
 )
 from pallas_attn.kernels.plan import block_of, Plan
+from pallas_attn.kernels.ranges import covers
 from pallas_attn.kernels.scores import reach_of, times, weights_and_ds
 from pallas_attn.kernels.terms import Field, hold, home, on_tile, pullback
 from pallas_attn.kernels.tile import at_keys, at_queries, Tile, zeros
@@ -132,7 +133,7 @@ def cols_kernel(
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
-    ragged = not walk.covers(x0.frame.keys, call.S)
+    ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
         return x if plan.flip else x.T

@@ -14,6 +14,7 @@ from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.operands import Operands, Pruning
 from pallas_attn.kernels.owner import far_keys, keys_of, query_tile, report
 from pallas_attn.kernels.plan import Plan
+from pallas_attn.kernels.ranges import covers
 from pallas_attn.kernels.scores import dots, reach_of, weightless
 from pallas_attn.kernels.terms import hold, on_tile, parts
 from pallas_attn.kernels.tile import (
@@ -121,7 +122,7 @@ def forward_kernel(
 
         acc, l = far.loop(rest, (acc * old[:, None], l * old))
         store_number(out["reach"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
-    if not walk.covers(t0.frame.queries, call.T):
+    if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
     t0.put_rows(out["o"], acc / jnp.where(l == 0, 1.0, l)[:, None])

@@ -22,6 +22,14 @@ def exp2(call: Call, x: jax.Array) -> jax.Array:
     return _inline("ex2.approx.ftz.f32 $0, $1;", x, f32)
 
 
+def sigmoid(call: Call, x: jax.Array, scale: float, *, precise: bool) -> jax.Array:
+    """1 / (1 + exp(-scale x)); by the approximate tanh, to 2^-11, unless precise."""
+    if precise:
+        return jax.nn.sigmoid(x * scale)
+    tanh = jnp.tanh if call.interpret else plgpu.approx_tanh
+    return 0.5 * tanh(0.5 * scale * x) + 0.5
+
+
 def uniform(call: Call, x: Any) -> Any:
     """The same integer in a uniform register.
 

@@ -63,9 +63,14 @@ def launch(
     outputs: Any,
     call: Call,
     block: Block,
+    *,
+    into: Any = None,
     **static: Any,
 ) -> Any:
-    """Run kernel(*input_refs, *output_refs, call=..., **static) on every grid point."""
+    """Run kernel(*input_refs, *output_refs, call=..., **static) on every grid point.
+
+    into: arrays like the outputs, which the kernel's stores change and the rest stays.
+    """
     bound = functools.partial(kernel, call=call, **static)
     bound.__name__ = kernel.__name__  # pyright: ignore[reportAttributeAccessIssue]
     run = pl.pallas_call(
@@ -74,13 +79,19 @@ def launch(
         out_shape=outputs,
         interpret=call.interpret,
         name=kernel.__name__,
+        input_output_aliases=_aliases(inputs, into),
         compiler_params=plgpu.CompilerParams(
             num_warps=block.num_warps, num_stages=block.num_stages
         ),
     )
     once: Any = jax.custom_jvp(run)
     once.defjvp(_refuse)
-    return once(*inputs)
+    return once(*inputs) if into is None else once(*inputs, into)
+
+
+def _aliases(inputs: Any, into: Any) -> dict[int, int]:
+    first = len(jax.tree.leaves(inputs))
+    return {first + i: i for i in range(len(jax.tree.leaves(into)))}
 
 
 def _refuse(primals: Any, tangents: Any) -> Any:

@@ -172,6 +172,21 @@ class Tile:
         """Store [bk] into [B, N, S]."""
         self._put_vector(ref, self.k0, self.bk, x)
 
+    def carry(self, ref: Any, lead: tuple[Any, ...], which: int) -> jax.Array:
+        """[bq]: number `which` of each row of [*lead, T, 2]."""
+        at = ref.at[(*lead, pl.ds(self.q0, self.bq), self.q0 * 0 + which)]
+        return _load(at, _within(self.q0, self.bq, (0, self.call.T), self.call.T))
+
+    def put_carry(
+        self, ref: Any, lead: tuple[Any, ...], x: jax.Array, y: jax.Array
+    ) -> None:
+        """Store two numbers of each row into [*lead, T, 2]."""
+        at = ref.at[(*lead, pl.ds(self.q0, self.bq), pl.ds(self.q0 * 0, 2))]
+        ok = _within(self.q0, self.bq, (0, self.call.T), self.call.T)
+        ok = None if ok is None else jnp.broadcast_to(ok[:, None], (self.bq, 2))
+        both = jnp.where(jnp.arange(2, dtype=i32)[None, :] == 0, x[:, None], y[:, None])
+        _store(at, ok, both, ref)
+
     def pair(self, ref: Any) -> jax.Array:
         """A tile of an array [#B, #N, T, S] (of [#B, #N, S, T], if flip)."""
         return _load(*self._pair(ref, self.flip))
@@ -343,6 +358,16 @@ def load_blocks(ref: Any, lead: tuple[Any, ...], i: jax.Array, ok: jax.Array) ->
     lead = tuple(jnp.broadcast_to(x, i.shape) for x in lead)
     i = jnp.clip(i, 0, ref.shape[-1] - 1)
     return plgpu.load(ref.at[(*lead, i)], mask=ok, other=0)
+
+
+def load_all(ref: Any) -> jax.Array:
+    """All of a small array, its sides powers of two."""
+    return plgpu.load(ref)
+
+
+def plain_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix product, accumulated in float32, whatever precision a call has."""
+    return plgpu.dot(a, b)
 
 
 def load_number(ref: Any, index: tuple[Any, ...]) -> jax.Array:

@@ -25,6 +25,13 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.instructions import uniform
+from pallas_attn.kernels.ranges import (
+    blocks,
+    clip,
+    divides,
+    keys_in_sight,
+    queries_in_sight,
+)
 from pallas_attn.kernels.tile import load_blocks, load_number
 from pallas_attn.kernels.visible import Extremes, Frame, GRAIN, least, most, Sight
 
@@ -105,20 +112,11 @@ def over_keys(
     call: Call, frame: Frame, q0: Any, bq: int, bk: int, two: bool, hull: Any
 ) -> Walk:
     """The key blocks of a query block. two: far ones lie on two sides of it."""
-    first, last = frame.keys
-    last = _unless(_apart(q0, bq, frame.queries, call.T), last, first)
+    visited, whole = keys_in_sight(call, frame, q0, bq)
     if frame.placed:
-        return _all_near(bk, (first, last), hull)
-    whole_first, whole_last = 0, last
+        return _all_near(bk, visited, hull)
     p0 = q0 + frame.offset
     p1 = p0 + (bq - 1)
-    if call.causal:
-        last, whole_last = least(last, p1 + 1), least(whole_last, p0 + 1)
-    if call.window:
-        left, right = call.window
-        first, whole_first = most(first, p0 - left), most(whole_first, p1 - left)
-        last = least(last, p1 + right + 1)
-        whole_last = least(whole_last, p0 + right + 1)
     middle = left_side = right_side = None
     if call.causal:
         middle, left_side = (p0 + 1, p1 + 1), +1
@@ -126,13 +124,13 @@ def over_keys(
         middle, left_side, right_side = (p0, p1 + 1), +1, -1
     return _split(
         bk,
-        (first, last),
-        (whole_first, whole_last),
+        visited,
+        whole,
         hull,
         middle,
         (left_side, right_side),
         low_edge=call.window is not None,
-        high_edge=call.window is not None or not _divides(bk, frame.keys),
+        high_edge=call.window is not None or not divides(bk, frame.keys),
         near_side=+1 if call.causal else 0,
     )
 
@@ -141,19 +139,11 @@ def over_queries(
     call: Call, frame: Frame, k0: Any, bq: int, bk: int, two: bool, hull: Any
 ) -> Walk:
     """The query blocks of a key block."""
-    first, last = frame.queries
-    last = _unless(_apart(k0, bk, frame.keys, call.S), last, first)
+    visited, whole = queries_in_sight(call, frame, k0, bk)
     if frame.placed:
-        return _all_near(bq, (first, last), hull)
-    whole_first, whole_last = 0, last
+        return _all_near(bq, visited, hull)
     p0 = k0 - frame.offset
     p1 = p0 + (bk - 1)
-    if call.causal:
-        first, whole_first = most(first, p0), most(whole_first, p1)
-    if call.window:
-        left, right = call.window
-        last, whole_last = least(last, p1 + left + 1), least(whole_last, p0 + left + 1)
-        first, whole_first = most(first, p0 - right), most(whole_first, p1 - right)
     middle = left_side = right_side = None
     if call.causal:
         middle, right_side = (p0, p1), +1
@@ -161,13 +151,13 @@ def over_queries(
         middle, left_side, right_side = (p0, p1 + 1), -1, +1
     return _split(
         bq,
-        (first, last),
-        (whole_first, whole_last),
+        visited,
+        whole,
         hull,
         middle,
         (left_side, right_side),
         low_edge=call.window is not None,
-        high_edge=call.window is not None or not _divides(bq, frame.queries),
+        high_edge=call.window is not None or not divides(bq, frame.queries),
         near_side=+1 if call.causal else 0,
     )
 
@@ -193,9 +183,9 @@ def _split(
     low_edge, high_edge: whether there may be blocks with masked pairs below and above
         the far ones.
     """
-    first, last = _blocks(block, visited, hull)
-    whole_first = _clip(-(-whole[0] // block), first, last) if low_edge else first
-    whole_last = _clip(whole[1] // block, whole_first, last)
+    first, last = blocks(block, visited, hull)
+    whole_first = clip(-(-whole[0] // block), first, last) if low_edge else first
+    whole_last = clip(whole[1] // block, whole_first, last)
     if middle is None:
         far = Side(i32(whole_last - whole_first), i32(whole_first), 1, 0)
         if not low_edge:
@@ -208,12 +198,12 @@ def _split(
         sides = []
         end = last
         if after is not None:
-            end = _clip(-(-middle[1] // block), least(first + 1, last), last)
+            end = clip(-(-middle[1] // block), least(first + 1, last), last)
             if before is None:
-                end = _clip(-(-middle[1] // block), whole_first, last)
+                end = clip(-(-middle[1] // block), whole_first, last)
         begin = first
         if before is not None:
-            begin = _clip(middle[0] // block, whole_first, whole_last)
+            begin = clip(middle[0] // block, whole_first, whole_last)
             # At least one near block where there is any: pruning compares with its sum.
             begin = least(begin, most(end - 1, whole_first))
             sides.append(Side(begin - whole_first, whole_first, 1, before))
@@ -240,16 +230,8 @@ def _split(
 
 def _all_near(block: int, visited: tuple[Any, Any], hull: Any) -> Walk:
     """Every block is near: arrays alone tell which pairs are visible."""
-    near = _blocks(block, visited, hull)
+    near = blocks(block, visited, hull)
     return Walk(near, near, None, 0, ())
-
-
-def _blocks(block: int, visited: tuple[Any, Any], hull: Any) -> tuple[Any, Any]:
-    """The range of blocks that holds a range of entries, within the hull."""
-    first, last = visited[0] // block, -(-visited[1] // block)
-    if hull is not None:
-        first, last = most(first, hull[0]), least(last, hull[1])
-    return first, most(last, first)
 
 
 def hull(
@@ -385,29 +367,3 @@ def _remaining(sides: tuple[Side, ...], cuts: Any, top: Any) -> Remaining:
         return jnp.where(one, block(t, 0), block(t - left[0], 1)), side
 
     return Remaining(left[0] + left[1], at, top)
-
-
-def _apart(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> Any:
-    """Whether a block lies wholly outside a range; False if that cannot be."""
-    lo, hi = limits
-    if covers(limits, size):
-        return False
-    return (i0 >= hi) | (i0 + n <= lo)
-
-
-def _unless(condition: Any, x: Any, other: Any) -> Any:
-    return x if condition is False else jnp.where(condition, i32(other), i32(x))
-
-
-def _clip(x: Any, lo: Any, hi: Any) -> Any:
-    return most(least(x, hi), lo)
-
-
-def covers(limits: tuple[Any, Any], size: int) -> bool:
-    """Whether a range is all of an axis, known statically."""
-    return all(isinstance(x, int) for x in limits) and tuple(limits) == (0, size)
-
-
-def _divides(block: int, limits: tuple[Any, Any]) -> bool:
-    """Whether blocks divide a range, known statically."""
-    return isinstance(limits[1], int) and limits[1] % block == 0

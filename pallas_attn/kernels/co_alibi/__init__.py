@@ -1,0 +1,1 @@
+"""Co-ALiBi: a scan along the keys, with its own forward and backward kernels."""
