@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from pallas_attn.benchmark import (
     measure,
     peers,
+    programs,
     report,
     roofline,
     sweep,
@@ -26,9 +28,9 @@ from pallas_attn.benchmark.inputs import draw, shapes_of
 from pallas_attn.benchmark.peers import Peer, PEERS
 from pallas_attn.benchmark.programs import ours, Side
 from pallas_attn.benchmark.results import Result
-from pallas_attn.benchmark.specs import ALIBI, Case, DENSE, Target, Term
+from pallas_attn.benchmark.specs import ALIBI, Case, CO_ALIBI, DENSE, Target, Term
 from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.config import Block
+from pallas_attn.config import Block, Config
 from pallas_attn.testing.numerics import assert_formula
 
 
@@ -41,6 +43,13 @@ PROMISED = {
     "B1 N16 T16384 H128 causal, ALiBi": ("cudnn", 0.37, 0.34),
     "B1 N16 T4096 H128 causal, ALiBi + factored R8": ("cudnn", 1.05, 0.84),
     "B1 N32 K8 T8192 H128 causal, ALiBi": ("cudnn", 0.60, 0.60),
+    "B1 N16 T4096 H128 causal, Co-ALiBi": ("cudnn", 0.90, 0.95),
+    "B1 N16 T4096 H128 float16 causal, Co-ALiBi": ("cudnn", 0.92, 0.95),
+    "B1 N16 T4096 H128 causal, Co-ALiBi, nothing pruned": ("cudnn", 1.50, 1.70),
+    "B1 N16 T16384 H128 causal, Co-ALiBi": ("cudnn", 0.45, 0.50),
+    "B1 N16 T16384 H128 causal, Co-ALiBi, query x 4": ("cudnn", 0.75, 0.82),
+    "B1 N16 T32768 H128 causal, Co-ALiBi": ("cudnn", 0.26, 0.30),
+    "B2 N8 T4096 H64 causal, Co-ALiBi": ("cudnn", 1.0, 1.05),
     "B1 N16 T4096 H128, dense [1,16,4096,4096]": ("cudnn-bias", 0.90, 0.62),
     "B2 N8 T4096 H64, dense [2,8,4096,4096]": ("cudnn-bias", 0.92, 0.52),
     "B2 N4 T4096 H32, dense [2,4,4096,4096]": ("cudnn-bias", 0.75, 0.48),
@@ -58,13 +67,14 @@ PROMISED = {
 def small(name: str, **changes: object) -> Case:
     here = "gpu" if measure.on_gpu() else "cpu"
     base = Case(name, "here", B=2, N=4, T=40, H=16, dtype="float32", platform=here)
-    return dataclasses.replace(base, peer="xla", **changes)
+    return dataclasses.replace(base, **{"peer": "xla", **changes})
 
 
 SMALL = (
     small("alibi", K=2, causal=True, bias=(ALIBI,), target=Target(2.0, 2.0, 64.0)),
     small("sum", causal=True, bias=(ALIBI, FACTORED)),
     small("shared", bias=(Term("dense", shared=True),)),
+    small("co-alibi", K=2, causal=True, bias=(CO_ALIBI,), peer=None),
 )
 
 
@@ -90,10 +100,23 @@ def test_cases_are_well_formed(case):
     assert {x.dtype.name for x in shapes[:3]} == {case.dtype}
 
 
-def test_the_large_shared_bias_is_held_to_its_memory():
+def test_memory_is_promised_where_an_implementation_could_need_much():
+    found = {
+        case.name: case.target.temporaries_mib
+        for case in CASES
+        if case.target and case.target.temporaries_mib
+    }
+    assert found == {
+        "af3": 64,
+        "co-alibi-4k": 40,
+        "co-alibi-4k-float16": 40,
+        "co-alibi-4k-unpruned": 40,
+        "co-alibi-h64": 40,
+        "co-alibi-16k": 530,
+        "co-alibi-16k-q4": 530,
+        "co-alibi-32k": 800,
+    }
     (case,) = (case for case in CASES if case.name == "af3")
-    assert case.target
-    assert case.target.temporaries_mib == 64
     assert jax.tree.leaves(shapes_of(case).bias)[0].shape == (1, 4, 4096, 4096)
 
 
@@ -114,6 +137,35 @@ def test_a_peer_computes_the_case(case, attend):
     with jax.default_matmul_precision("highest"):
         want = jax.jit(ours(case, "reference").both)(inputs)
         assert_formula(jax.jit(Side(attend).both)(inputs), want)
+
+
+def test_a_case_scales_its_queries_and_chooses_a_config(monkeypatch):
+    case = small("plain", bias=(CO_ALIBI,))
+    config = Config(prune=False)
+    changed = dataclasses.replace(case, query_factor=4.0, config=config)
+    one, other = (draw(x, jax.random.key(0)) for x in (case, changed))
+    chex.assert_trees_all_equal(other, one._replace(query=4 * one.query))
+    given = []
+
+    def attention(*operands, config, **options):
+        given.append(config)
+        return operands[0]
+
+    monkeypatch.setattr(programs, "dot_product_attention", attention)
+    another = Config(forward=Block(64, 64))
+    for side in (
+        ours(case, "xla"),
+        ours(changed, "xla"),
+        ours(changed, "xla", another),
+    ):
+        side.forward(one)
+    assert given == [None, config, another]
+    assert changed.shape == f"{case.shape}, query x 4, nothing pruned"
+
+
+def test_the_slopes_of_all_batch_entries_are_checked_together():
+    case = small("co-alibi", bias=(CO_ALIBI,))
+    assert sample_of(case).batch == (0, 1)
 
 
 def test_a_concatenation_is_filled_to_eight_columns(monkeypatch):
@@ -241,15 +293,17 @@ def test_a_run_measures_every_case(run):
     assert [result.name for result in results] == [case.name for case in SMALL]
     for result, case in zip(results, SMALL, strict=True):
         assert not result.failures
-        assert all((result.ratio(work) or 0) > 0 for work in ("forward", "both"))
-        programs = {"ours forward", "ours both", "peer forward", "peer both"}
+        sides = {"ours", "peer"} if case.peer else {"ours"}
+        programs = {f"{side} {work}" for side in sides for work in ("forward", "both")}
+        for work in ("forward", "both"):
+            assert ((result.ratio(work) or 0) > 0) == ("peer" in sides)
         assert set(result.timings) == set(result.temporaries) == programs
         assert set(result.tflops) == programs
         median = result.timings["ours both"].median
         assert result.tflops["ours both"] == roofline.tflops(case, "both", median)
         assert min(result.temporaries.values()) > 0
         assert set(result.visited) == {"forward", "rows", "cols"}
-        assert set(result.errors) == {"ours", "peer"}
+        assert set(result.errors) == sides
     assert results[0].met()["temporaries_mib"]
 
 
@@ -269,6 +323,7 @@ def test_errors_are_of_the_output_and_every_gradient(run):
         "alibi": always | {"slopes"},
         "sum": always | {"slopes", "q_factor", "k_factor"},
         "shared": always | {"bias"},
+        "co-alibi": always | {"slopes"},
     }
     for result in results:
         for side in result["errors"].values():
@@ -290,8 +345,8 @@ def test_the_tables_show_every_case(run, capsys):
 def test_progress_and_the_platform_are_said(run):
     text = run[1]
     assert ("CPU cases only" in text) != measure.on_gpu()
-    assert "compiled 24 of 24 programs" in text
-    assert all(f"[{i}/3] {case.name}: " in text for i, case in enumerate(SMALL, 1))
+    assert "compiled 29 of 29 programs" in text
+    assert all(f"[{i}/4] {case.name}: " in text for i, case in enumerate(SMALL, 1))
 
 
 def test_a_peer_without_the_bias_is_judged_by_its_own_truth(monkeypatch, tmp_path):
@@ -320,7 +375,7 @@ def test_a_failing_case_leaves_the_others(tmp_path, capsys):
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 14
+    assert len(report.selected(CASES, [], "gpu")) == 24
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pallas_attn.benchmark.specs import ALIBI, Case, DENSE, Target, Term
+import dataclasses
+
+from pallas_attn.benchmark.specs import ALIBI, Case, CO_ALIBI, DENSE, Target, Term
+from pallas_attn.config import Config
 
 
 FROM_CO_ALIBI = (
@@ -16,6 +19,60 @@ FROM_FLASH_BIAS = "github.com/thuml/FlashBias, flash_bias/benchmark.py: B2 H4 d3
 FROM_TOKAMAX = (
     "github.com/openxla/tokamax, its shipped H100 records: B128 N4 T4096 H32 with a "
     "bias [1, 4, 4096, 4096], the triangle attention of AlphaFold 3"
+)
+
+CO_ALIBI_TARGETS = {  # by length in units of 1024
+    1: None,
+    2: None,
+    4: Target(0.90, 0.95, temporaries_mib=40.0),
+    8: None,
+    16: Target(0.45, 0.50, temporaries_mib=530.0),
+    32: Target(0.26, 0.30, temporaries_mib=800.0),
+}
+CO_ALIBI_LENGTHS = {
+    length: Case(
+        name=f"co-alibi-{length}k",
+        origin=FROM_CO_ALIBI if length == 4 else f"{FROM_CO_ALIBI}; at another length",
+        B=1,
+        N=16,
+        T=1024 * length,
+        H=128,
+        causal=True,
+        bias=(CO_ALIBI,),
+        peer="cudnn",
+        target=target,
+    )
+    for length, target in CO_ALIBI_TARGETS.items()
+}
+CO_ALIBI_CASES = (
+    *CO_ALIBI_LENGTHS.values(),
+    dataclasses.replace(
+        CO_ALIBI_LENGTHS[4],
+        name="co-alibi-4k-float16",
+        dtype="float16",
+        target=Target(0.92, 0.95, temporaries_mib=40.0),
+    ),
+    dataclasses.replace(
+        CO_ALIBI_LENGTHS[4],
+        name="co-alibi-4k-unpruned",
+        config=Config(prune=False),
+        target=Target(1.50, 1.70, temporaries_mib=40.0),
+    ),
+    dataclasses.replace(
+        CO_ALIBI_LENGTHS[16],
+        name="co-alibi-16k-q4",
+        query_factor=4.0,
+        target=Target(0.75, 0.82, temporaries_mib=530.0),
+    ),
+    dataclasses.replace(
+        CO_ALIBI_LENGTHS[4],
+        name="co-alibi-h64",
+        origin=f"{FROM_CO_ALIBI}; half its head dim, two sequences of 8 heads",
+        B=2,
+        N=8,
+        H=64,
+        target=Target(1.00, 1.05, temporaries_mib=40.0),
+    ),
 )
 
 CASES = (
@@ -79,6 +136,7 @@ CASES = (
         peer="cudnn",
         target=Target(0.60, 0.60),
     ),
+    *CO_ALIBI_CASES,
     Case(
         name="dense-h128",
         origin=f"{FROM_CO_ALIBI}; not causal, with a matrix bias",

@@ -84,7 +84,8 @@ class Sample:
 
 def sample_of(case: Case) -> Sample:
     """The first and the last key head, and their query heads."""
-    shared = case.B > 1 and any(t.shared or t.kind == "alibi" for t in case.bias)
+    slopes = ("alibi", "co_alibi")  # of all batch entries
+    shared = case.B > 1 and any(t.shared or t.kind in slopes for t in case.bias)
     key_heads = tuple(sorted({0, case.key_heads - 1}))
     group = case.N // case.key_heads
     return Sample(

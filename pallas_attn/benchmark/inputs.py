@@ -1,4 +1,4 @@
-"""The arrays of a case: normal random numbers of fixed keys, and ALiBi's slopes."""
+"""The arrays of a case: normal random numbers of fixed keys, and slopes of ALiBi."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pallas_attn.benchmark.specs import Case, Term
 from pallas_attn.bias.alibi import ALiBi, alibi_slopes
 from pallas_attn.bias.base import Bias
+from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 
@@ -59,6 +60,8 @@ def _term(case: Case, term: Term, seed: PRNGKeyArray) -> Bias:
     match term.kind:
         case "alibi":
             return ALiBi(alibi_slopes(case.N))
+        case "co_alibi":
+            return CoALiBi(co_alibi_slopes(case.N))
         case "dense":
             batch = 1 if term.shared else case.B
             return DenseBias(_normal(seed, (batch, case.N, case.T, case.T), dtype))

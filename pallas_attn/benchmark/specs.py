@@ -14,13 +14,13 @@ class Term:
     """One term of a bias.
 
     Args:
-        kind: "alibi", "dense" or "factored".
+        kind: "alibi", "co_alibi", "dense" or "factored".
         shared: Whether a dense bias is one array for the whole batch, [1, N, T, S].
         rank: R of a factored bias.
         dtype: Of its arrays; None: that of the query.
     """
 
-    kind: Literal["alibi", "dense", "factored"]
+    kind: Literal["alibi", "co_alibi", "dense", "factored"]
     shared: bool = False
     rank: int = 0
     dtype: str | None = None
@@ -94,6 +94,8 @@ class Case:
         match term.kind:
             case "alibi":
                 return f"ALiBi{dtype}"
+            case "co_alibi":
+                return f"Co-ALiBi{dtype}"
             case "dense":
                 batch = 1 if term.shared else self.B
                 return f"dense [{batch},{self.N},{self.T},{self.T}]{dtype}"
@@ -108,4 +110,5 @@ class Case:
 
 
 ALIBI = Term("alibi")
+CO_ALIBI = Term("co_alibi")
 DENSE = Term("dense")
