@@ -100,7 +100,13 @@ def test_the_demo_from_end_to_end(tmp_path, capsys, monkeypatch):
     arguments = ["--steps", "2", "--check-length", "17", "--output", str(path)]
     assert main(["demo", *arguments]) == 1
     printed = capsys.readouterr().out
-    for said in ("Implementation: xla", "jax.nn", "ALiBi + factored", "512 (4x"):
+    for said in (
+        "Implementation: xla",
+        "jax.nn",
+        "ALiBi + factored",
+        "Co-ALiBi",
+        "512 (4x",
+    ):
         assert said in printed, said
     assert "within 1e-05? Yes." in printed
     assert "below half of its start? No." in printed
