@@ -48,6 +48,12 @@ PROMISED = {
     "B1 N16 T4096 H128 causal, Co-ALiBi, nothing pruned": ("cudnn", 1.50, 1.70),
     "B1 N16 T16384 H128 causal, Co-ALiBi": ("cudnn", 0.45, 0.50),
     "B1 N16 T16384 H128 causal, Co-ALiBi, query x 4": ("cudnn", 0.75, 0.82),
+    "B1 N16 T16384 H128 causal, Co-ALiBi, carries of 300 MiB": ("cudnn", 0.45, 0.54),
+    "B1 N16 T16384 H128 causal, Co-ALiBi, query x 4, carries of 300 MiB": (
+        "cudnn",
+        0.75,
+        0.86,
+    ),
     "B1 N16 T32768 H128 causal, Co-ALiBi": ("cudnn", 0.26, 0.30),
     "B2 N8 T4096 H64 causal, Co-ALiBi": ("cudnn", 1.0, 1.05),
     "B1 N16 T4096 H128, dense [1,16,4096,4096]": ("cudnn-bias", 0.90, 0.62),
@@ -114,6 +120,8 @@ def test_memory_is_promised_where_an_implementation_could_need_much():
         "co-alibi-h64": 40,
         "co-alibi-16k": 530,
         "co-alibi-16k-q4": 530,
+        "co-alibi-16k-300mib": 318,
+        "co-alibi-16k-q4-300mib": 318,
         "co-alibi-32k": 800,
     }
     (case,) = (case for case in CASES if case.name == "af3")
@@ -375,7 +383,7 @@ def test_a_failing_case_leaves_the_others(tmp_path, capsys):
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 24
+    assert len(report.selected(CASES, [], "gpu")) == 26
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

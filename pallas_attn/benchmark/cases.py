@@ -65,6 +65,19 @@ CO_ALIBI_CASES = (
         target=Target(0.75, 0.82, temporaries_mib=530.0),
     ),
     dataclasses.replace(
+        CO_ALIBI_LENGTHS[16],
+        name="co-alibi-16k-300mib",
+        config=Config(carry_mib=300),
+        target=Target(0.45, 0.54, temporaries_mib=318.0),
+    ),
+    dataclasses.replace(
+        CO_ALIBI_LENGTHS[16],
+        name="co-alibi-16k-q4-300mib",
+        query_factor=4.0,
+        config=Config(carry_mib=300),
+        target=Target(0.75, 0.86, temporaries_mib=318.0),
+    ),
+    dataclasses.replace(
         CO_ALIBI_LENGTHS[4],
         name="co-alibi-h64",
         origin=f"{FROM_CO_ALIBI}; half its head dim, two sequences of 8 heads",

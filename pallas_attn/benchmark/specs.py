@@ -107,6 +107,8 @@ class Case:
             yield f"query x {self.query_factor:g}"
         if self.config is not None and not self.config.prune:
             yield "nothing pruned"
+        if self.config is not None and self.config.carry_mib != Config().carry_mib:
+            yield f"carries of {self.config.carry_mib} MiB"
 
 
 ALIBI = Term("alibi")
