@@ -132,8 +132,8 @@ def test_commands_and_files_named_in_the_text_exist():
 
 
 def test_biases_of_the_table_are_public():
-    named = re.findall(r"^\|[^|]*`(\w*Bias|ALiBi)` \|", README, re.MULTILINE)
-    assert named == ["DenseBias", "FactoredBias", "ALiBi"]
+    named = re.findall(r"^\|[^|]*`(\w*(?:Bias|ALiBi))` \|", README, re.MULTILINE)
+    assert named == ["DenseBias", "FactoredBias", "ALiBi", "CoALiBi"]
     assert set(named) <= set(vars(pallas_attn))
 
 
