@@ -23,6 +23,7 @@ from pallas_attn.bias.base import (
     query_home,
     Sum,
 )
+from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 
@@ -119,12 +120,16 @@ def factored(
 
 def alibi(form: str = "N", first: float = 0.05) -> Callable[[Array, Shape], Bias]:
     """Samples ALiBi slopes of a form, from `first` up."""
+    return lambda key, s: ALiBi(_slopes(key, s.sizes(form), first))
 
-    def sample(key: Array, s: Shape) -> Bias:
-        slopes = first + 0.8 * jax.random.uniform(key, s.sizes(form), jnp.float32)
-        return ALiBi(slopes)
 
-    return sample
+def co_alibi(form: str = "N", first: float = 0.05) -> Callable[[Array, Shape], Bias]:
+    """Samples Co-ALiBi slopes of a form, from `first` up."""
+    return lambda key, s: CoALiBi(_slopes(key, s.sizes(form), first))
+
+
+def _slopes(key: Array, shape: tuple[int, ...], first: float) -> Array:
+    return first + 0.8 * jax.random.uniform(key, shape, jnp.float32)
 
 
 def added(*samples: Callable[[Array, Shape], Any]) -> Callable[[Array, Shape], Bias]:
@@ -189,6 +194,11 @@ BIASES: dict[str, Callable[[Array, Shape], Any]] = {
     "squared distance": squared_distance,
     "saturating": saturating,
     "saturating-with alibi": added(saturating, alibi()),
+    "co_alibi": co_alibi(),
+    "co_alibi-1N": co_alibi("1N"),
+    "co_alibi-BN": co_alibi("BN"),
+    "co_alibi-B1": co_alibi("B1"),
+    "co_alibi-negative": co_alibi("N", -0.4),
 }
 KINDS = [name for name in BIASES if "-" not in name]
 
@@ -385,7 +395,8 @@ def _sorted(
 def cases() -> list[Case]:
     """Every bias in one common situation, and every situation with one common bias.
 
-    The common ones take turns, so that few cases hold most pairs.
+    The common ones take turns, so that few cases hold most pairs. Co-ALiBi, which has
+    passes of its own, meets every situation.
     """
     common = itertools.cycle(
         ["full", "causal", "causal GQA", "bottom-right", "lengths"]
@@ -393,4 +404,5 @@ def cases() -> list[Case]:
     by_bias = [Case(bias, next(common)) for bias in BIASES]
     kinds = itertools.cycle(["alibi", "none", "dense-1NTS", "factored", "sum"])
     by_situation = [Case(next(kinds), situation) for situation in SITUATIONS]
-    return list(dict.fromkeys(by_bias + by_situation))
+    contextual = [Case("co_alibi", situation) for situation in SITUATIONS]
+    return list(dict.fromkeys(by_bias + by_situation + contextual))

@@ -9,11 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_attn.api import dot_product_attention
-from pallas_attn.bias.base import as_bias
+from pallas_attn.bias.base import Added, as_bias, spread
+from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, resolve
+from pallas_attn.reference import (
+    attention as added_reference,
+    co_alibi as contextual_reference,
+)
 from pallas_attn.testing.cases import Case, Sample
 from pallas_attn.testing.lowering import Kernel, lower
 
@@ -26,10 +32,22 @@ SMALL = Config(
     cols=Block(32, 32),
     tiles=Block(16, 16),
 )
+# The passes of Co-ALiBi have key blocks of one size; a query block of its forward pass
+# is a whole number of those of the others.
+SMALL_CONTEXTUAL = Config(
+    forward=Block(32, 16),
+    rows=Block(16, 16),
+    cols=Block(32, 16),
+)
 
 
 # float32 laws hold at IEEE products: the default of a GPU is TF32.
 EXACT: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
+
+
+def small(bias: str) -> Config:
+    """The small blocks of a case with this bias, a name in `BIASES`."""
+    return SMALL_CONTEXTUAL if bias.startswith("co_alibi") else SMALL
 
 
 def kernel_implementation() -> str:
@@ -105,6 +123,11 @@ def truth(sample: Sample, *, residual: bool = True) -> Any:
     return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
+def reference_of(bias: Added | CoALiBi) -> Any:
+    """The module of the reference that takes a bias as the fourth operand."""
+    return contextual_reference if isinstance(bias, CoALiBi) else added_reference
+
+
 @functools.cache
 def true_values(case: Case) -> Any:
     """(output, lse) of a case's sample in float64."""
@@ -126,21 +149,41 @@ def textbook(operands: dict[str, Any]) -> Any:
     in float32, weights rounded before they meet the values. (`jax.nn` itself does not
     run in float16 on a CPU.)
     """
-    query, key, value, bias = (
-        operands[name] for name in ("query", "key", "value", "bias")
+    query, value = operands["query"], operands["value"]
+    value = jnp.repeat(value, query.shape[2] // value.shape[2], 2)
+    scores, seen = _causal_scores(operands)
+    t = jnp.where(seen, scores + causal_bias(operands), -jnp.inf)
+    weights = jax.nn.softmax(t, -1).astype(value.dtype)
+    out = jnp.einsum(
+        "BNTS,BSNh->BTNh", weights, value, preferred_element_type=jnp.float32
     )
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, repeats, 2) for x in (key, value))
-    rows = jnp.arange(query.shape[1], dtype=jnp.int32)
-    cols = jnp.arange(key.shape[1], dtype=jnp.int32)
-    f32 = jnp.float32
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=f32)
-    scores = scores / np.sqrt(np.float32(query.shape[-1]))
-    scores = scores + as_bias(bias).materialise(rows, cols)
-    seen = (rows[:, None] >= cols[None, :])[None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(value.dtype)
-    out = jnp.einsum("BNTS,BSNh->BTNh", weights, value, preferred_element_type=f32)
     return out.astype(query.dtype)
+
+
+def causal_bias(operands: dict[str, Any]) -> Array:
+    """What the bias adds to causal scores, as an array [#B, #N, T, S]."""
+    bias = as_bias(operands["bias"])
+    if isinstance(bias, CoALiBi):
+        scores, seen = _causal_scores(operands)
+        gates = jnp.where(seen, jax.nn.sigmoid(scores), 0)
+        from_here_on = jnp.flip(jnp.cumsum(jnp.flip(gates, -1), -1), -1)
+        return -spread("head", bias.slopes) * from_here_on
+    rows, cols = (
+        jnp.arange(operands[name].shape[1], dtype=jnp.int32)
+        for name in ("query", "key")
+    )
+    return bias.materialise(rows, cols)
+
+
+def _causal_scores(operands: dict[str, Any]) -> tuple[Array, Array]:
+    """Float32 q.k / sqrt(H), and which of them a causal softmax sees."""
+    query, key = operands["query"], operands["key"]
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], 2)
+    scores = jnp.einsum(
+        "BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32
+    )
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+    return scores / np.sqrt(np.float32(query.shape[-1])), seen
 
 
 def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]:
