@@ -101,12 +101,10 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 def _forward(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]:
     """((output, lse), residuals)."""
     p = plan(call)
-    norms = None
-    if call.config.prune:
-        shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
-        inputs = (ops.k, ops.v, [], ops.sight)
-        out = jax.ShapeDtypeStruct(shape, f32)
-        norms = launch(norms_kernel, shape, inputs, out, call, PRE_PASS)
+    shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
+    inputs = (ops.k, ops.v, [], ops.sight)
+    norms = jax.ShapeDtypeStruct(shape, f32)
+    norms = launch(norms_kernel, shape, inputs, norms, call, PRE_PASS)
     grid = grid_of(call, "forward", p)
     rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
     per_block = (call.B, call.N, grid.blocks)

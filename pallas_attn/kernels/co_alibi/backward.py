@@ -25,7 +25,7 @@ from pallas_attn.kernels.co_alibi.plan import (
     query_tile,
 )
 from pallas_attn.kernels.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
-from pallas_attn.kernels.instructions import exp2
+from pallas_attn.kernels.instructions import exp2, uniform
 from pallas_attn.kernels.tile import (
     at_keys,
     at_queries,
@@ -79,7 +79,8 @@ def rows_kernel(
 
     zero = jnp.zeros((t0.bq,), f32)
     state = zeros(t0.bq, ops.q), zero, zero, zero, every
-    first = load_number(saved.first, (t0.b, t0.h, t0.q0 // i32(plan.forward.block_q)))
+    i = t0.q0 // i32(plan.forward.block_q)
+    first = uniform(call, load_number(saved.first, (t0.b, t0.h, i)))
     state = _loops(at, first, at.last, ops.sight.veiled, step, state)
     dq, c, gc, pz, _ = state
     t0.put_rows(out["dq"], dq * call.scale)
@@ -161,8 +162,9 @@ def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:
     size = first.shape[-1]
     i = jnp.arange(max(2, 1 << (size - 1).bit_length()), dtype=i32)
     seen = (i < size) & (load_blocks(first, (t.b, t.h), i, i < size) <= j)
-    start = jnp.min(jnp.where(seen, i, size)) * ratio
-    return start, jnp.max(jnp.where(seen, i + 1, 0)) * ratio
+    start = uniform(t.call, jnp.min(jnp.where(seen, i, size)))
+    stop = uniform(t.call, jnp.max(jnp.where(seen, i + 1, 0)))
+    return start * ratio, stop * ratio
 
 
 def _loops(at: Any, start: Any, stop: Any, veiled: bool, step: Any, state: Any) -> Any:

@@ -14,7 +14,7 @@ from pallas_attn.kernels import walk
 from pallas_attn.kernels.co_alibi.operands import Operands
 from pallas_attn.kernels.co_alibi.plan import key_runs, Plan, query_tile
 from pallas_attn.kernels.co_alibi.scan import add, gates, Slope, Sums, Triangles
-from pallas_attn.kernels.instructions import exp2
+from pallas_attn.kernels.instructions import exp2, uniform
 from pallas_attn.kernels.ranges import covers
 from pallas_attn.kernels.scores import squared_norm
 from pallas_attn.kernels.tile import at_keys, store_number, Tile, zeros
@@ -81,12 +81,8 @@ def forward_kernel(
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
     whole = i32(at.hi) - i32(at.lo)
-    if norms is None:
-        state = lax.fori_loop(i32(0), whole, leftwards(at.hi, veiled, True), state)
-        left = i32(0)
-    else:
-        limit = Limit(t0, ops, norms, q, slope, at)
-        left, state = bounded(limit, whole, veiled, leftwards, state)
+    limit = Limit(t0, ops, norms, q, slope, at)
+    left, state = bounded(limit, whole, veiled, leftwards, state)
     first = i32(at.lo) + left
     if call.window is not None and not veiled:
         low = jnp.where(left == 0, i32(at.lo) - i32(at.first), 0)
@@ -127,7 +123,7 @@ class Limit:
         self, t: Tile, ops: Operands, norms: Any, q: jax.Array, slope: Slope, at: Any
     ) -> None:
         """For the queries of t; norms [B, K, grains], NaN where not finite."""
-        call = t.call
+        self.call = call = t.call
         lead = (t.b, t.h // i32(call.G))
         size = -(-call.S // t.bk)
         self.block = jnp.arange(max(2, 1 << (size - 1).bit_length()), dtype=i32)
@@ -159,11 +155,13 @@ class Limit:
 
         rate: the gates that a row of a block adds, on average.
         """
+        if not self.call.config.prune:
+            return left
         excess = jnp.where(excess <= 0, 0.0, jnp.where(excess < 1e30, excess, 1e30))
         worst = jnp.max(excess)  # NaN has become 1e30
         n = EVERY * worst / jnp.maximum(self.slope.falls * rate, 1e-20)
         n = jnp.where(n < left.astype(f32), n, left.astype(f32)).astype(i32)
-        return jnp.where(worst > 0, jnp.maximum(n, 1), 0)
+        return uniform(self.call, jnp.where(worst > 0, jnp.maximum(n, 1), 0))
 
 
 def bounded(
@@ -184,7 +182,7 @@ def bounded(
         lift = jnp.where(easy, lift, 0.0)
         old = jnp.exp2(-lift)
         state = (acc * old[:, None], u + lift, l * old, z)
-        end, fast = limit.lo + left, jnp.where(easy, n, 0)
+        end, fast = limit.lo + left, uniform(limit.call, jnp.where(easy, n, 0))
         state = lax.fori_loop(i32(0), fast, leftwards(end, veiled, False), state)
         state = lax.fori_loop(fast, n, leftwards(end, veiled, True), state)
         rate = jnp.sum(state[3][0] - z[0]) / (limit.bq * n.astype(f32))
@@ -193,7 +191,9 @@ def bounded(
         return left, limit.ahead(left, excess, rate), state
 
     _, excess = limit.bound(whole, state)
-    n = jnp.minimum(limit.ahead(whole, excess, f32(1.0)), 1)
+    n = limit.ahead(whole, excess, f32(1.0))
+    if limit.call.config.prune:  # the rate is not known yet
+        n = jnp.minimum(n, 1)
     left, _, state = lax.while_loop(
         lambda c: (c[0] > 0) & (c[1] > 0), chunk, (whole, n, state)
     )
