@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, dot_product_attention, FactoredBias, visited
+from pallas_attn import (
+    ALiBi,
+    CoALiBi,
+    dot_product_attention,
+    FactoredBias,
+    visited,
+)
 from pallas_attn.testing.evaluate import EXACT, kernel_implementation
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits, assert_zero
 
@@ -55,6 +61,7 @@ FIELDS = {
     "dense": lambda lead, x: x(*lead, 1, T, S),
     "factored": lambda lead, x: FactoredBias(x(*lead, T, 1, 3), x(*lead, S, N, 3)),
     "alibi": lambda lead, x: ALiBi(abs(x(*lead, N))),
+    "co_alibi": lambda lead, x: CoALiBi(abs(x(*lead, N))),
     "mixed": lambda lead, x: ALiBi(abs(x(N))) + x(*lead, 1, 1, S) + x(T, S),
 }
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_attn.testing.cases import Case, KINDS
-from pallas_attn.testing.evaluate import implementations, SMALL, with_gradients
+from pallas_attn.testing.evaluate import implementations, small, with_gradients
 from pallas_attn.testing.numerics import assert_same_bits
 
 
@@ -13,7 +13,9 @@ from pallas_attn.testing.numerics import assert_same_bits
 def test_twice(bias, implementation):
     sample = Case(bias, "causal GQA").at(dtype="bfloat16").sample()
     evaluate = jax.jit(
-        with_gradients(sample.settings, implementation=implementation, config=SMALL)
+        with_gradients(
+            sample.settings, implementation=implementation, config=small(bias)
+        )
     )
     arguments = sample.operands, sample.conditions, sample.cotangents
     assert_same_bits(evaluate(*arguments), evaluate(*arguments))

@@ -6,13 +6,14 @@ import pytest
 
 import pallas_attn
 from pallas_attn.canonical import canonical
-from pallas_attn.reference.attention import attend_with_written_backward
 from pallas_attn.testing.cases import Case, cases, KINDS
 from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
     implementations,
+    reference_of,
     SMALL,
+    small,
     textbook,
     true_gradients,
     truth,
@@ -34,7 +35,7 @@ residuals = [(case, place % 2 == 0) for place, case in enumerate(cases())]
 @pytest.mark.parametrize(("case", "residual"), residuals, ids=str)
 def test_float32_is_exact(case, residual, implementation):
     sample = case.sample()
-    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    options = {"implementation": implementation, "config": small(case.bias), **EXACT}
     _, got = gradients(sample, residual=residual, **options)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, sample.operands)
     assert_formula(got, true_gradients(case, residual)[1])
@@ -46,7 +47,7 @@ def test_float32_is_exact(case, residual, implementation):
 def test_16_bits_round_like_xla(bias, dtype, implementation):
     case = Case(bias, "causal").at(dtype=dtype)
     sample = case.sample()
-    options = {"implementation": implementation, "config": SMALL}
+    options = {"implementation": implementation, "config": small(bias)}
     _, got = gradients(sample, residual=False, **options)
     chex.assert_trees_all_equal_dtypes(got, sample.operands)
     pullback = jax.jit(lambda x, do: jax.vjp(textbook, x)[1](do)[0])
@@ -62,7 +63,8 @@ def test_the_written_backward_is_that_of_autodiff(bias):
 
     def written(operands):
         given = canonical(**operands, **sample.conditions, **DEFAULTS)
-        return attend_with_written_backward(*given[:6])
+        reference = reference_of(given.bias)
+        return reference.attend_with_written_backward(*given.operands)
 
     with jax.default_matmul_precision("highest"):
         found, pullback = jax.vjp(written, sample.operands)
@@ -82,7 +84,7 @@ def test_what_shifts_a_row_has_no_gradient(form, implementation):
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["none", "sum"])
+@pytest.mark.parametrize("bias", ["none", "sum", "co_alibi"])
 @pytest.mark.parametrize("name", ["query", "key", "value", "bias"])
 def test_one_operand_alone(name, bias, implementation):
     """The gradient of one operand is the same whoever else wants one."""
@@ -93,7 +95,7 @@ def test_one_operand_alone(name, bias, implementation):
         **{**sample.operands, name: operand},
         is_causal=True,
         implementation=implementation,
-        config=SMALL,
+        config=small(bias),
         **EXACT,
     )
     pull = lambda x, do: jax.vjp(attend, x)[1](do)[0]

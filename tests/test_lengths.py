@@ -20,23 +20,25 @@ everywhere = pytest.mark.parametrize("implementation", implementations())
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["sum", "alibi"])
+@pytest.mark.parametrize("bias", ["sum", "alibi", "co_alibi"])
 @pytest.mark.parametrize(("T", "S"), [*EDGES, *RAGGED])
 def test_lengths(T, S, bias, implementation):
-    situation = "causal" if bias == "alibi" else "full"
+    situation = "full" if bias == "sum" else "causal"
     check(Case(bias, situation).at(B=1, T=T, S=S), implementation)
 
 
 @everywhere
+@pytest.mark.parametrize("bias", ["dense", "co_alibi"])
 @pytest.mark.parametrize(("H", "h"), HEADS)
-def test_head_dims(H, h, implementation):
-    check(Case("dense", "causal").at(B=1, H=H, h=h), implementation)
+def test_head_dims(H, h, bias, implementation):
+    check(Case(bias, "causal").at(B=1, H=H, h=h), implementation)
 
 
 @everywhere
-def test_one_head_of_one_of_everything(implementation):
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
+def test_one_head_of_one_of_everything(bias, implementation):
     sizes = {"B": 1, "N": 1, "K": 1, "T": 1, "S": 1, "H": 1, "h": 1}
-    check(Case("sum", "full").at(**sizes), implementation)
+    check(Case(bias, "full").at(**sizes), implementation)
 
 
 def check(case, implementation):

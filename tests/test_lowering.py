@@ -7,7 +7,7 @@ import pytest
 from pallas_attn.config import Block, Config
 from pallas_attn.inspect import main
 from pallas_attn.testing.cases import Case, cases
-from pallas_attn.testing.evaluate import kernels, SMALL
+from pallas_attn.testing.evaluate import kernels, small
 from pallas_attn.testing.lowering import (
     compile_kernel,
     DEVICES,
@@ -104,7 +104,7 @@ def lowered(case, arch=90, **options):
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_case_lowers(case):
     """In float32 and ragged; the other dtypes below."""
-    names = {kernel.name for kernel in lowered(case, config=SMALL)}
+    names = {kernel.name for kernel in lowered(case, config=small(case.bias))}
     assert "forward_kernel" in names
     assert {"rows_kernel", "cols_kernel"} & names
 

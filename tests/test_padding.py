@@ -17,6 +17,7 @@ from pallas_attn.testing.evaluate import (
     gradients,
     implementations,
     SMALL,
+    small,
     true_gradients,
     truth,
     values,
@@ -51,20 +52,21 @@ def test_poison_in_what_nobody_reads(bias, situation, implementation):
     )
     bad = replace(sample, operands=operands, cotangents=cotangents)
     assert not all(np.isfinite(x).all() for x in jax.tree.leaves(operands))
-    got = gradients(bad, implementation=implementation, config=SMALL, **EXACT)
+    got = gradients(bad, implementation=implementation, config=small(bias), **EXACT)
     chex.assert_tree_all_finite(got[1])
     assert_formula(got, true_gradients(case))
 
 
 @everywhere
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_rows_that_see_nothing(situation, implementation):
-    case = Case("alibi", situation)
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_rows_that_see_nothing(bias, situation, implementation):
+    case = Case(bias, situation)
     sample = case.sample()
     empty = ~np.swapaxes(visible(sample, case.sizes).any(3), 1, 2)
     assert empty.any()
     (output, lse), grads = gradients(
-        sample, implementation=implementation, config=SMALL, **EXACT
+        sample, implementation=implementation, config=small(bias), **EXACT
     )
     assert_zero((output[empty], grads["query"][empty]))
     assert (np.isneginf(lse) == empty).all()
@@ -117,11 +119,11 @@ def test_large_negative_numbers_are_ordinary(level, implementation):
 
 @everywhere
 @pytest.mark.parametrize("sizes", [{"T": 0}, {"S": 0}, {"B": 0}, {"T": 0, "S": 0}])
-@pytest.mark.parametrize("bias", ["none", "sum"])
+@pytest.mark.parametrize("bias", ["none", "sum", "co_alibi"])
 def test_empty_axes(bias, sizes, implementation):
     case = Case(bias, "causal").at(**sizes)
     sample = case.sample()
-    options = {"implementation": implementation, "config": SMALL}
+    options = {"implementation": implementation, "config": small(bias)}
     (output, lse), grads = gradients(sample, **options)
     s = case.sizes
     chex.assert_shape(output, (s.B, s.T, s.N, s.h))
@@ -152,11 +154,14 @@ def test_nan_in_a_visible_place(place, implementation):
 
 
 @everywhere
-def test_nan_in_a_value_shows_in_every_row_that_sees_it(implementation):
-    sample = Case("alibi", "causal").sample()
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_nan_in_a_value_shows_in_every_row_that_sees_it(bias, implementation):
+    sample = Case(bias, "causal").sample()
     value = sample.operands["value"].at[1, 30, 0].set(jnp.nan)
     bad = replace(sample, operands={**sample.operands, "value": value})
-    output, lse = values(bad, implementation=implementation, config=SMALL, **EXACT)
+    output, lse = values(
+        bad, implementation=implementation, config=small(bias), **EXACT
+    )
     assert np.isnan(output[1, 30:, 0]).all()
     assert np.isfinite(lse).all()
 

@@ -13,9 +13,8 @@ import pallas_attn
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.canonical import canonical
-from pallas_attn.reference import attention as reference
 from pallas_attn.testing.cases import Case, KINDS, normal
-from pallas_attn.testing.evaluate import with_gradients
+from pallas_attn.testing.evaluate import reference_of, with_gradients
 from pallas_attn.testing.numerics import assert_formula, assert_zero
 from pallas_attn.visible import allowed, seen, seen_added
 
@@ -40,8 +39,8 @@ SHARED = {
     "bias over keys": {"bias": normal(jax.random.key(2), 1, 1, 1, 53)},
 }
 BACKWARDS = {
-    "autodiff": reference.attend,
-    "written": reference.attend_with_written_backward,
+    "autodiff": lambda *x: reference_of(x[3]).attend(*x),
+    "written": lambda *x: reference_of(x[3]).attend_with_written_backward(*x),
 }
 
 
@@ -94,20 +93,25 @@ def test_the_written_backward_is_the_derivative(bias, situation):
 
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("situation", ["empty rows", "lengths"])
-@pytest.mark.parametrize("bias", ["none", "dense", "factored", "saturating"])
-def test_nan_where_nobody_looks(bias, situation, backward):
+@pytest.mark.parametrize(
+    "kind", ["none", "dense", "factored", "saturating", "co_alibi"]
+)
+def test_nan_where_nobody_looks(kind, situation, backward):
     """NaN in every number, and in every cotangent, that no visible place reads."""
-    sample = Case(bias, situation).at(B=1, N=1, K=1).sample()
-    *arrays, added, visibility, call = arguments(sample)
+    sample = Case(kind, situation).at(B=1, N=1, K=1).sample()
+    *arrays, bias, visibility, call = arguments(sample)
     places = jnp.broadcast_to(allowed(call, visibility), (1, 1, call.T, call.S))
     homes = ("query", "key", "key")
     ones = lambda tree: jax.tree.map(jnp.ones_like, tree)
     read = [seen(places, ones(x), home) for x, home in zip(arrays, homes, strict=True)]
-    read = (*read, seen_added(places, ones(added)))
+    ones_of_bias = ones(bias)
+    if isinstance(bias, Added):  # Co-ALiBi has numbers per head alone: all are read
+        ones_of_bias = seen_added(places, ones_of_bias)
+    read = (*read, ones_of_bias)
     rows = places.any(3)[:, 0, :, None]
     do, dlse = sample.cotangents
 
-    clean = (*arrays, added)
+    clean = (*arrays, bias)
     poisoned = jax.tree.map(lambda x, r: jnp.where(r == 0, jnp.nan, x), clean, read)
     cotangents = (
         jnp.where(rows[..., None], do, jnp.nan),

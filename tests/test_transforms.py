@@ -13,6 +13,8 @@ from pallas_attn.testing.evaluate import (
     implementations,
     kernel_implementation,
     SMALL,
+    small,
+    SMALL_CONTEXTUAL,
     true_gradients,
     with_gradients,
 )
@@ -27,17 +29,20 @@ PLAIN = ["xla", "reference"]
 
 
 def attend(query, key, value, bias=None, mask=None, **options):
+    contextual = isinstance(bias, pallas_attn.CoALiBi)
+    options["config"] = SMALL_CONTEXTUAL if contextual else SMALL
     return pallas_attn.dot_product_attention(
-        query, key, value, bias, mask, is_causal=True, config=SMALL, **EXACT, **options
+        query, key, value, bias, mask, is_causal=True, **EXACT, **options
     )
 
 
 @everywhere
-def test_no_retrace_for_equal_shapes(implementation):
-    case = Case("sum", "causal lengths GQA")
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
+def test_no_retrace_for_equal_shapes(bias, implementation):
+    case = Case(bias, "causal lengths GQA")
     first, second = case.sample(0), case.sample(1)
     evaluate = with_gradients(
-        first.settings, implementation=implementation, config=SMALL
+        first.settings, implementation=implementation, config=small(bias)
     )
     chex.clear_trace_counter()
     once = jax.jit(chex.assert_max_traces(evaluate, 1))
@@ -54,6 +59,7 @@ def test_no_retrace_for_equal_shapes(implementation):
         ("factored", "bias"),
         ("none", "mask"),
         ("alibi", "query mask"),
+        ("co_alibi", "query key bias"),
         ("sum", "query key value bias mask"),
     ],
 )
@@ -98,10 +104,10 @@ def test_vmap_is_a_loop(bias, mapped, implementation):
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["alibi", "dense"])
+@pytest.mark.parametrize("bias", ["alibi", "dense", "co_alibi"])
 def test_checkpoint_changes_nothing(bias, implementation):
     sample = Case(bias, "causal").sample()
-    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    options = {"implementation": implementation, "config": small(bias), **EXACT}
     f = attention(sample.settings, **options)
 
     def pull(f):
@@ -138,9 +144,10 @@ def test_scan_is_a_loop(implementation):
 
 
 @everywhere
-def test_jacrev(implementation):
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
+def test_jacrev(bias, implementation):
     sizes = {"B": 1, "N": 1, "K": 1, "T": 5, "S": 7, "H": 4, "h": 2}
-    operands = Case("sum", "full").at(**sizes).sample().operands
+    operands = Case(bias, "full").at(**sizes).sample().operands
 
     def jacobian(name):
         f = lambda operands: attend(**operands, implementation=name)
@@ -150,12 +157,12 @@ def test_jacrev(implementation):
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["none", "sum"])
+@pytest.mark.parametrize("bias", ["none", "sum", "co_alibi"])
 def test_without_jit(bias, implementation):
     case = Case(bias, "causal").at(B=1, N=1, K=1)
     sample = case.sample()
     evaluate = with_gradients(
-        sample.settings, implementation=implementation, config=SMALL, **EXACT
+        sample.settings, implementation=implementation, config=small(bias), **EXACT
     )
     got = evaluate(sample.operands, sample.conditions, sample.cotangents)
     assert_formula(got, true_gradients(case))
@@ -179,8 +186,9 @@ def test_jvp_and_second_order_of_plain_jax(bias):
     assert_formula(second, first)
 
 
-def test_kernels_are_differentiable_once_and_say_so():
-    sample = Case("alibi", "causal").sample()
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_kernels_are_differentiable_once_and_say_so(bias):
+    sample = Case(bias, "causal").sample()
     query = sample.operands["query"]
     f = lambda query: attend(
         **{**sample.operands, "query": query}, implementation=KERNELS
@@ -195,7 +203,9 @@ def test_kernels_are_differentiable_once_and_say_so():
         jax.grad(lambda query: slope(query).sum())(query)
 
 
-@pytest.mark.parametrize("bias", ["alibi", "dense", "dense-1NTS", "factored", "sum"])
+@pytest.mark.parametrize(
+    "bias", ["alibi", "dense", "dense-1NTS", "factored", "sum", "co_alibi"]
+)
 def test_a_frozen_bias_costs_nothing(bias):
     """No kernel and no array of a gradient that nobody asked for."""
     sizes = {"T": 300, "S": 200}

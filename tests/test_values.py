@@ -1,17 +1,16 @@
 """Outputs and log-sum-exps are those of the dense reference in float64."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_attn
-from pallas_attn.bias.base import as_bias
 from pallas_attn.testing.cases import Case, cases, KINDS
 from pallas_attn.testing.evaluate import (
+    causal_bias,
     EXACT,
     implementations,
-    SMALL,
+    small,
     textbook,
     true_values,
     values,
@@ -30,7 +29,9 @@ everywhere = pytest.mark.parametrize("implementation", implementations())
 @everywhere
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_float32_is_exact(case, implementation):
-    got = values(case.sample(), implementation=implementation, config=SMALL, **EXACT)
+    got = values(
+        case.sample(), implementation=implementation, config=small(case.bias), **EXACT
+    )
     assert_formula(got, true_values(case))
 
 
@@ -40,7 +41,7 @@ def test_float32_is_exact(case, implementation):
 def test_16_bits_round_like_xla(bias, dtype, implementation):
     case = Case(bias, "causal").at(dtype=dtype)
     sample = case.sample()
-    got, _ = values(sample, implementation=implementation, config=SMALL)
+    got, _ = values(sample, implementation=implementation, config=small(bias))
     assert got.dtype == dtype
     peer = jax.jit(textbook)(sample.operands)
     want, _ = true_values(case)
@@ -52,19 +53,23 @@ def test_16_bits_round_like_xla(bias, dtype, implementation):
 def test_float32_agrees_with_jax_nn(bias, implementation):
     """The reference shares its handling of arguments with us; `jax.nn` does not."""
     sample = Case(bias, "causal").sample()
-    got, _ = values(sample, implementation=implementation, config=SMALL, **EXACT)
+    got, _ = values(sample, implementation=implementation, config=small(bias), **EXACT)
     with jax.default_matmul_precision("highest"):
         assert_formula(got, jax.jit(jax_nn)(sample.operands))
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["none", "dense", "factored", "alibi"])
+@pytest.mark.parametrize("bias", ["none", "dense", "factored", "alibi", "co_alibi"])
 @pytest.mark.parametrize("leading", [(), (2, 3), (1, 2, 1)], ids=str)
 def test_any_number_of_leading_axes(leading, bias, implementation):
     batch = int(np.prod(leading, dtype=int))
     sample = Case(bias, "causal").at(B=batch).sample()
     attend = lambda **arrays: pallas_attn.dot_product_attention(
-        **arrays, is_causal=True, implementation=implementation, config=SMALL, **EXACT
+        **arrays,
+        is_causal=True,
+        implementation=implementation,
+        config=small(bias),
+        **EXACT,
     )
     flat = jax.jit(attend)(**sample.operands)
 
@@ -77,10 +82,13 @@ def test_any_number_of_leading_axes(leading, bias, implementation):
 
 
 @everywhere
-def test_float64_inputs_of_a_process_with_x64_are_refused_or_exact(implementation):
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
+def test_float32_is_the_same_in_a_process_with_x64(bias, implementation):
     """With jax_enable_x64 on, float32 operands give the same bits as without."""
-    sample = Case("sum", "lengths").sample()
-    run = lambda: values(sample, implementation=implementation, config=SMALL, **EXACT)
+    sample = Case(bias, "lengths").sample()
+    run = lambda: values(
+        sample, implementation=implementation, config=small(bias), **EXACT
+    )
     before = run()
     with jax.enable_x64(True):
         after = run()
@@ -89,10 +97,6 @@ def test_float64_inputs_of_a_process_with_x64_are_refused_or_exact(implementatio
 
 def jax_nn(operands):
     """`jax.nn` with the bias as an array; causal."""
-    query, key, value, bias = (
-        operands[name] for name in ("query", "key", "value", "bias")
-    )
-    rows = jnp.arange(query.shape[1], dtype=jnp.int32)
-    cols = jnp.arange(key.shape[1], dtype=jnp.int32)
-    added = as_bias(bias).materialise(rows, cols).astype(query.dtype)
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    added = causal_bias(operands).astype(query.dtype)
     return jax.nn.dot_product_attention(query, key, value, added, is_causal=True)

@@ -33,15 +33,25 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", ["dense-1NTS", "co_alibi"])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_chunks_are_the_whole_in_every_situation(situation):
-    case = Case("dense-1NTS", situation)
+def test_chunks_are_the_whole_in_every_situation(situation, bias):
+    case = Case(bias, situation)
     assert_formula(gradients(case.sample(), **XLA), true_gradients(case))
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
-    "bias", [*KINDS, "dense-1N1S", "dense-B1T1", "alibi-BN", "sum-three dense"]
+    "bias",
+    [
+        *KINDS,
+        "dense-1N1S",
+        "dense-B1T1",
+        "alibi-BN",
+        "sum-three dense",
+        "co_alibi-BN",
+        "co_alibi-negative",
+    ],
 )
 def test_chunks_are_the_whole_with_every_bias(bias):
     case = Case(bias, "causal")
@@ -50,14 +60,16 @@ def test_chunks_are_the_whole_with_every_bias(bias):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 17])
-def test_chunks_of_any_length(length):
-    case = Case("alibi", "causal").at(T=length, S=length)
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_chunks_of_any_length(bias, length):
+    case = Case(bias, "causal").at(T=length, S=length)
     assert_formula(gradients(case.sample(), **XLA), true_gradients(case))
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_float64_is_float64():
-    case = Case("sum", "all at once")
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
+def test_float64_is_float64(bias):
+    case = Case(bias, "all at once")
     sample, want = case.sample(), true_gradients(case)
     with jax.enable_x64(True):
         wide = lambda x: x.astype(np.float64)
@@ -69,11 +81,12 @@ def test_float64_is_float64():
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
 @pytest.mark.parametrize("situation", ["causal", "lengths"])
-def test_forward_mode_and_second_order(situation):
+def test_forward_mode_and_second_order(situation, bias):
     """The jvp, and the product of the Hessian of a loss with a vector."""
-    sample = Case("sum", situation).sample()
-    tangents = Case("sum", situation).sample(1).operands
+    sample = Case(bias, situation).sample()
+    tangents = Case(bias, situation).sample(1).operands
     do, _ = sample.cotangents
 
     def derivatives(implementation):
@@ -103,10 +116,11 @@ def test_a_shared_bias_makes_no_array_of_all_pairs(form):
     assert np.prod(shape) < s.B * s.N * s.T * s.S
 
 
-def test_memory_grows_with_the_length_and_not_its_square():
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_memory_grows_with_the_length_and_not_its_square(bias):
     def temporaries(length):
         sizes = {"B": 1, "N": 2, "K": 2, "T": length, "S": length}
-        return temporary_bytes(Case("alibi", "causal").at(**sizes).specs(), **XLA)
+        return temporary_bytes(Case(bias, "causal").at(**sizes).specs(), **XLA)
 
     assert temporaries(8192) < 2.2 * temporaries(4096)
 
@@ -129,10 +143,11 @@ def test_an_eighth_of_the_temporaries_of_jax_nn(bias, situation):
     assert temporary_bytes(sample, residual=False, **XLA) <= theirs / 8
 
 
-def test_an_alibi_of_32768_keys_needs_no_array_of_scores():
+@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
+def test_32768_keys_need_no_array_of_scores(bias):
     """Two copies of each operand and a chunk, where scores alone would be 34 GB."""
     sizes = {"B": 1, "N": 8, "K": 8, "T": 32768, "S": 32768, "H": 64, "h": 64}
-    sample = Case("alibi", "causal").at(**sizes).specs()
+    sample = Case(bias, "causal").at(**sizes).specs()
     attend = jax.jit(attention(sample.settings, **XLA))
     lowered = attend.lower(sample.operands, sample.conditions)
     assert compiled_bytes(lowered) <= 512 * MIB
