@@ -61,7 +61,8 @@ def test_a_row_to_check_by_eye(implementation):
     )
     # written with six digits
     np.testing.assert_array_equal(
-        np.round(weights[0, 0], 6), np.float32([0.032480, 0.145566, 0.821954])
+        np.round(weights[0, 0], 6),
+        np.array([0.032480, 0.145566, 0.821954], np.float32),
     )
     assert round(float(lse[0, 0]), 6) == 1.315273
 
