@@ -39,6 +39,11 @@ PRUNING_ROUNDING = 3.0
 # loads together: a few words, touched once outside a loop, cost nothing measurable.
 SPILLS = 64
 
+# The system that Co-ALiBi reimplements accepts 1 - 2<x,y> / (|x|^2 + |y|^2), which is
+# |x - y|^2 / (|x|^2 + |y|^2), up to 1e-4, and prints it for bfloat16. Rounding the true
+# output to bfloat16 alone is 1.4e-6 (a relative error e is e^2 / 2), to float16 2e-8.
+SIMILAR = {"float16": 1e-6, "float32": 1e-6, "bfloat16": 1e-5}
+
 # A gradient that is 0 in exact arithmetic (of a bias [.., T, 1] under softmax: the sum
 # of a row of dS) is a sum of terms of size |do| |v| = 1 to 10 whose rounding stays: as
 # FORMULA, but absolute. In float64 the truth itself is then about 1e-15.

@@ -124,9 +124,11 @@ def cols_kernel(
             e, c = (t.carry(carry, (*lead, j), which) for which in (0, 1))
             # What rows did not write is whatever was there.
             first = load_number(saved.first, (t.b, h, i // ratio))
-            real = t.inside_rows() & (first <= j)
-            e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
             s, visible = t.dot(k, q.T), t.visible
+            real = t.inside_rows() & (first <= j)
+            if visible is not None:
+                real = real & (jnp.max(visible.astype(i32), 0) > 0)
+            e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
             g = gates(t, s, visible)
             x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))

@@ -146,7 +146,9 @@ def query_runs(t: Tile) -> Runs:
     window = call.window is not None
     ragged = _ragged(t)
     low_edge = call.causal or window or ragged
-    found = runs(t.bq, visited, whole, hull, low_edge=low_edge, high_edge=window)
+    # Past the end of an array nothing is read; past a length there may be anything.
+    high_edge = window or not covers(t.frame.queries, call.T)
+    found = runs(t.bq, visited, whole, hull, low_edge=low_edge, high_edge=high_edge)
     if not ragged:
         return found
     # A key block that the last key ends is masked everywhere.
