@@ -96,6 +96,9 @@ def canonical(
         implementation, current_device(), dtype=q.dtype.name, H=sizes.H, h=sizes.h
     )
     name = check_static.runnable(choice)
+    config = check_static.config(config)
+    if isinstance(bias, CoALiBi):
+        config = check_static.scanning(config)
     call = Call(
         B=sizes.B,
         N=sizes.N,
@@ -110,7 +113,7 @@ def canonical(
         window=check_static.window(local_window_size),
         offset=offset if isinstance(offset, int) else None,
         precision=check_static.precision(precision),
-        config=check_static.config(config),
+        config=config,
         interpret=name == "triton_interpret",
     )
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))

@@ -29,6 +29,7 @@ CASES = {
     "dense": Case("dense", "full"),
     "dense shared": Case("dense-1NTS", "full"),
     "dense per key": Case("dense-B11S", "full"),
+    "Co-ALiBi": Case("co_alibi", "causal"),
     "own tile": Case("saturating", "causal"),
 }
 DTYPES = ("bfloat16", "float16", "float32")

@@ -252,6 +252,11 @@ WRONG = {
     "three warps": Wrong(block(num_warps=3), ValueError, ("`config.forward.num_warps`", "1, 2, 4, 8 or 16", "3", "shipped choice")),
     "no stages": Wrong(block(num_stages=0), ValueError, ("`config.forward.num_stages`", "at least 1", "0", "shipped choice")),
     "fractional block": Wrong(block(block_q=64.0), TypeError, ("`config.forward.block_q`", "power of two", "64.0", "static")),
+    "carries of -1 MiB": Wrong({"config": Config(carry_mib=-1)}, ValueError, ("`config.carry_mib`", "at least 0", "-1", "one key head at a time")),
+    "fractional carries": Wrong({"config": Config(carry_mib=0.5)}, TypeError, ("`config.carry_mib`", "a number of MiB", "0.5", "static")),  # pyright: ignore[reportArgumentType]
+    "one block for Co-ALiBi": Wrong({"bias": CoALiBi(floats(4)), **block()}, ValueError, ("`config`", "all of forward, rows and cols or none", "Block(block_q=64", "shipped choice")),
+    "two block_k for Co-ALiBi": Wrong({"bias": CoALiBi(floats(4)), "config": Config(Block(32, 32), Block(32, 32), Block(32, 16))}, ValueError, ("`config`", "one block_k", "Block(block_q=32, block_k=16", "shipped choice")),
+    "blocks of rows wider than of forward": Wrong({"bias": CoALiBi(floats(4)), "config": Config(Block(32, 32), Block(64, 32), Block(32, 32))}, ValueError, ("`config`", "those of rows and cols divide", "block_q=64", "shipped choice")),
     "prune is None": Wrong({"config": Config(prune=None)}, TypeError, ("`config.prune`", "True or False", "None", "static")),  # pyright: ignore[reportArgumentType]
 }
 # fmt: on

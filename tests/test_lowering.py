@@ -34,6 +34,8 @@ SHIPPED = [
         ("factored-float32", "full", "bfloat16", (64,)),
         ("sum-alibi factored", "causal", "bfloat16", (128,)),
         ("saturating", "causal", "bfloat16", (64,)),
+        ("co_alibi", "causal", "bfloat16", (64, 128, 256)),
+        ("co_alibi", "causal", "float32", (64, 128)),
         ("none", "all at once", "bfloat16", (64,)),
         ("alibi", "causal", "float32", (64, 128, 256)),
         ("dense", "full", "float32", (64, 128, 256)),
@@ -78,6 +80,17 @@ SPILLING = {
     "factored-float32, full, T1024 H64 bfloat16": {(80, "cols"): 164},
     "dense, full, T1024 H64 bfloat16": {(80, "cols"): 300},
     "dense-1NTS, causal, T1024 H64 bfloat16": {(100, "forward"): 108},
+    "co_alibi, causal, T1024 H64 bfloat16": {
+        (90, "cols"): 268,
+        (80, "rows"): 960,
+        (80, "cols"): 28444,
+        (100, "cols"): 68,
+    },
+    "co_alibi, causal, T1024 H128 bfloat16": {
+        (80, "forward"): 188,
+        (80, "rows"): 2396,
+        (100, "forward"): 76,
+    },
     # every kind of mask at once: 8 bytes over the limit, and not timed
     "none, all at once, T1024 H64 bfloat16": {(90, "cols"): 72},
 }

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, Bias, Block, Config, DenseBias, FactoredBias, visited
+from pallas_attn import (
+    ALiBi,
+    Bias,
+    Block,
+    CoALiBi,
+    Config,
+    DenseBias,
+    FactoredBias,
+    visited,
+)
 from pallas_attn.bias.base import head_home
 from pallas_attn.kernels import walk
 from pallas_attn.testing.cases import Case, Sample
@@ -16,6 +25,7 @@ from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
     kernel_implementation,
+    SMALL_CONTEXTUAL,
     truth,
 )
 from pallas_attn.testing.numerics import (
@@ -194,3 +204,49 @@ def test_others_visit_everything(implementation):
     drawn = sample(Adversary())
     found = visited(**drawn.operands, **drawn.settings, implementation=implementation)
     assert all((np.asarray(share) == 1).all() for share in found)
+
+
+CONTEXTUAL = {
+    "steep": ([8.0, 2.0], lambda q: q),
+    "steep, scores x12": ([8.0, 2.0], lambda q: q * 12),
+    "negative": ([-0.5, 8.0], lambda q: q),
+    "zero": ([0.0, 8.0], lambda q: q),
+    "NaN query": ([8.0, 2.0], lambda q: q.at[:, 150, 0, 1].set(jnp.nan)),
+}
+
+
+def contextual(name, **settings):
+    slopes, edit = CONTEXTUAL[name]
+    adversary = Adversary(
+        {**CAUSAL, **settings},
+        CoALiBi(jnp.array(slopes)),
+        edit=lambda q, k, v: (edit(q), k, v),
+    )
+    return adversary
+
+
+@pytest.mark.parametrize("settings", [{}, {"local_window_size": (90, 0)}], ids=str)
+@pytest.mark.parametrize("name", CONTEXTUAL)
+def test_an_early_exit_is_not_noticed(name, settings):
+    drawn = sample(contextual(name, **settings))
+    pruned, unpruned = (
+        gradients(drawn, config=replace(SMALL_CONTEXTUAL, prune=prune), **OPTIONS)
+        for prune in (True, False)
+    )
+    assert_rounded_apart(pruned, unpruned, truth(drawn))
+
+
+def test_an_early_exit_leaves_out_a_lot():
+    found = shares(contextual("steep"), SMALL_CONTEXTUAL)
+    for name, share in found._asdict().items():
+        assert (share[0] < 0.6).all(), f"{name} visits {share}"
+    unpruned = replace(SMALL_CONTEXTUAL, prune=False)
+    for name, share in shares(contextual("steep"), unpruned)._asdict().items():
+        assert (np.asarray(share) == 1).all(), f"{name} visits {share}"
+
+
+@pytest.mark.parametrize("name", ["negative", "zero"])
+def test_a_slope_up_to_0_never_exits(name):
+    for share in shares(contextual(name), SMALL_CONTEXTUAL):
+        assert share[0, 0] == 1
+        assert share[0, 1] < 1

@@ -146,6 +146,28 @@ def config(x: Any) -> Config:
                     "shipped choice."
                 )
     flag("config.prune", x.prune)
+    rule = "a number of MiB, at least 0"
+    static_int("config.carry_mib", x.carry_mib, rule)
+    if x.carry_mib < 0:
+        raise ValueError(
+            f"`config.carry_mib` must be {rule}; got {x.carry_mib}. With 0 the "
+            "backward passes of Co-ALiBi take one key head at a time."
+        )
+    return x
+
+
+def scanning(x: Config) -> Config:
+    """A Config for Co-ALiBi, whose passes hand each other what key blocks leave."""
+    given = (x.forward, x.rows, x.cols)
+    blocks = [block for block in given if block is not None]
+    alike = len({block.block_k for block in blocks}) <= 1
+    parts = all(blocks[0].block_q % block.block_q == 0 for block in blocks)
+    if len(blocks) not in (0, 3) or not (alike and parts):
+        raise ValueError(
+            "`config` must, for Co-ALiBi, give all of forward, rows and cols or none, "
+            "with one block_k and a forward.block_q that those of rows and cols "
+            f"divide; got {', '.join(map(str, given))}. None is the shipped choice."
+        )
     return x
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, Visibility
@@ -58,11 +58,13 @@ def visited_blocks(
     rows = passes.rows(ops, cot, pruning, call, p)
     cols = passes.cols(ops, cot, pruning, call, p)
 
-    def share(visits: Array) -> Array:
-        count = visits.sum(2, dtype=jnp.int32).astype(f32)
-        return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
-
     return share(res.visits), share(rows["visits"]), share(cols["visits"])
+
+
+def share(visits: Int[Array, "B N blocks 2"]) -> Float[Array, "B N"]:
+    """Visited blocks over all that there were, of what the programs counted."""
+    count = visits.sum(2, dtype=jnp.int32).astype(f32)
+    return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
 
 
 def _values(ops: Operands, call: Call) -> tuple[Array, Array]:

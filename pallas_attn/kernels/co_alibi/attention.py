@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call, Visibility
-from pallas_attn.kernels.attention import LN2
+from pallas_attn.kernels.attention import LN2, share
 from pallas_attn.kernels.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.kernels.co_alibi.forward import forward_kernel
 from pallas_attn.kernels.co_alibi.operands import Operands, Residuals, Saved
@@ -56,10 +56,6 @@ def visited_blocks(
     ops = Operands(query, key, value, bias.slopes, sight(call, visibility))
     _, res = _forward(ops, call)
     out = _passes(res, jnp.zeros_like(res.o), None, call)
-
-    def share(visits: Array) -> Array:
-        count = visits.sum(2, dtype=jnp.int32).astype(f32)
-        return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
 
     return share(res.visits), share(out["rows"]["visits"]), share(out["cols"]["visits"])
 

@@ -52,22 +52,10 @@ class Plan:
 
 
 def plan(call: Call) -> Plan:
-    """The user's blocks or the shipped ones; groups whose carries fit the budget.
-
-    Raises:
-        ValueError: if the user's blocks do not fit each other.
-    """
-    shipped = _shipped(call)
-    given = (call.config.forward, call.config.rows, call.config.cols)
-    forward, rows, cols = (a or b for a, b in zip(given, shipped, strict=True))
-    sizes = {x.block_k for x in (forward, rows, cols)}
-    parts = [forward.block_q % x.block_q for x in (rows, cols)]
-    if len(sizes) > 1 or any(parts):
-        raise ValueError(
-            "`config` must, for Co-ALiBi, have one block_k in forward, rows and cols, "
-            "and a forward.block_q that those of rows and cols divide; got "
-            f"{forward}, {rows} and {cols}. Set all three, or none."
-        )
+    """The user's blocks or the shipped ones; groups whose carries fit the budget."""
+    forward, rows, cols = call.config.forward, call.config.rows, call.config.cols
+    if forward is None or rows is None or cols is None:
+        forward, rows, cols = _shipped(call)
     return Plan(forward, rows, cols, *_groups(call, forward.block_k))
 
 
@@ -171,7 +159,7 @@ def _shipped(call: Call) -> tuple[Block, Block, Block]:
             return _alike(Block(32, 16 if widest > 64 else 32, 4, 1))
         return _alike(Block(32, 32, 4, 2))
     if widest > 128:
-        return Block(64, 32, 8, 2), Block(64, 32, 8, 2), Block(32, 32, 8, 2)
+        return Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
     if widest > 64:
         forward = Block(64, 64, 4, 2) if call.config.prune else Block(128, 64, 8, 3)
         return forward, Block(64, 64, 4, 2), Block(32, 64, 4, 3)
