@@ -109,6 +109,11 @@ def covers(limits: tuple[Any, Any], size: int) -> bool:
     return all(isinstance(x, int) for x in limits) and tuple(limits) == (0, size)
 
 
+def cut_evenly(limits: tuple[Any, Any], size: int, block: int) -> bool:
+    """Whether a range is, statically, all of an axis that blocks divide."""
+    return covers(limits, size) and size % block == 0
+
+
 def divides(block: int, limits: tuple[Any, Any]) -> bool:
     """Whether blocks divide a range, known statically."""
     return isinstance(limits[1], int) and limits[1] % block == 0

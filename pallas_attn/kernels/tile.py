@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.ranges import cut_evenly
 from pallas_attn.kernels.visible import Frame, Sight
 
 
@@ -104,10 +105,10 @@ class Tile:
         call, arrays, checks = self.call, self.sight.arrays, []
         if not self.edge:
             return None
-        if not _covers(self.frame.keys, call.S, self.bk):
+        if not cut_evenly(self.frame.keys, call.S, self.bk):
             k = self.k0 + jnp.arange(self.bk, dtype=i32)
             checks.append(self.along_k(k < self.frame.keys[1]))
-        if not _covers(self.frame.queries, call.T, 1):
+        if not cut_evenly(self.frame.queries, call.T, 1):
             checks.append(self.along_q(self.inside_rows()))
         if call.causal or call.window:
             q, k = self.query_position, self.key_position
@@ -384,16 +385,9 @@ def _iota(n: int) -> jax.Array:
     return jnp.arange(n, dtype=i32).astype(f32)
 
 
-def _covers(limits: tuple[Any, Any], size: int, n: int) -> bool:
-    """Whether a range is, statically, all of an array that blocks of n divide."""
-    lo, hi = limits
-    known = isinstance(lo, int) and isinstance(hi, int)
-    return known and lo == 0 and hi == size and size % n == 0
-
-
 def _within(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> jax.Array | None:
     """[n]: which of i0, i0 + 1, ... lie in the range; None if all of any block do."""
-    if _covers(limits, size, n):
+    if cut_evenly(limits, size, n):
         return None
     i = i0 + jnp.arange(n, dtype=i32)
     ok = i < limits[1]

@@ -16,6 +16,7 @@ from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.owner import frame_of
 from pallas_attn.kernels.ranges import (
     covers,
+    cut_evenly,
     keys_in_sight,
     most,
     queries_in_sight,
@@ -146,7 +147,7 @@ def query_runs(t: Tile) -> Runs:
 
 def _ragged(t: Tile) -> bool:
     """Whether a key block may have keys that nobody sees at its end."""
-    return not covers(t.frame.keys, t.call.S) or t.call.S % t.bk > 0
+    return not cut_evenly(t.frame.keys, t.call.S, t.bk)
 
 
 def _shipped(call: Call) -> tuple[Block, Block, Block]:
