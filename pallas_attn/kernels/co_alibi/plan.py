@@ -162,8 +162,7 @@ def _shipped(call: Call) -> tuple[Block, Block, Block]:
     if widest > 128:
         return Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
     if widest > 64:
-        forward = Block(64, 64, 4, 2) if call.config.prune else Block(128, 64, 8, 3)
-        return forward, Block(64, 64, 4, 2), Block(32, 64, 4, 3)
+        return Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 3)
     return _alike(Block(64, 64, 4, 3))
 
 
