@@ -2,6 +2,8 @@
 
 from pallas_attn.api import (
     dot_product_attention as dot_product_attention,
+    Sparsity as Sparsity,
+    sparsity as sparsity,
     visited as visited,
 )
 from pallas_attn.bias.alibi import (
@@ -23,4 +25,5 @@ from pallas_attn.bias.co_alibi import (
 from pallas_attn.bias.dense import DenseBias as DenseBias
 from pallas_attn.bias.factored import FactoredBias as FactoredBias
 from pallas_attn.config import Block as Block, Config as Config
+from pallas_attn.normalizers.entmax import Entmax as Entmax
 from pallas_attn.normalizers.softmax import Softmax as Softmax

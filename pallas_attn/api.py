@@ -11,10 +11,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias
-from pallas_attn.canonical import accumulator, canonical
+from pallas_attn.canonical import canonical
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
-from pallas_attn.implementations import attend_of, visited_of
+from pallas_attn.implementations import attend_of, sparsity_of, visited_of
+from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
 
@@ -24,6 +25,13 @@ class Visited(NamedTuple):
     forward: Float[Array, "*B N"]
     rows: Float[Array, "*B N"]
     cols: Float[Array, "*B N"]
+
+
+class Sparsity(NamedTuple):
+    """What weights of exactly 0 save, float32 [*B, N] each, between 0 and 1."""
+
+    zero_weights: Float[Array, "*B N"]
+    skipped_blocks: Float[Array, "*B N"]
 
 
 def dot_product_attention(
@@ -43,7 +51,7 @@ def dot_product_attention(
     key_positions: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_segment_ids: ArrayLike | None = None,
-    normalizer: Softmax = Softmax(),
+    normalizer: Softmax | Entmax = Softmax(),
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
@@ -52,7 +60,7 @@ def dot_product_attention(
     config: Config | None = None,
     return_residual: bool = False,
 ) -> Any:
-    """Attention with biases: softmax(scale q.k + bias) v over the keys a query may see.
+    """Attention with biases: P v, where P = softmax(scale q.k + bias) or sparser.
 
     A superset of `jax.nn.dot_product_attention`. With t_ij = scale q_i.k_j + bias_ij
     and V(i) the keys that query i may attend to:
@@ -60,7 +68,12 @@ def dot_product_attention(
         lse_i = log sum_{j in V(i)} exp t_ij
         o_i   = sum_{j in V(i)} exp(t_ij - lse_i) v_j
 
-    A query that may attend to nothing has o = 0, lse = -inf and zero gradients.
+    A query that may attend to nothing has o = 0, lse = -inf and zero gradients. With
+    `Entmax(alpha, top_k)`, a = alpha - 1 and V(i) cut to the top_k largest t:
+
+        o_i   = sum_{j in V(i)} p_ij v_j    where p_ij = max(0, a t_ij - tau_i)^(1/a)
+
+    and the threshold tau_i is the one at which sum_j p_ij = 1.
 
     Letters: B batch; T queries; S keys; N query heads; K key heads, a divisor of N
     (query head n reads key head n // (N // K)); H head dim of query and key; h of
@@ -94,7 +107,9 @@ def dot_product_attention(
         key_positions: int32 [S], [#B, S] or [#B, #N, S].
         query_segment_ids: int32 [B, T]; attend only where ids are equal.
         key_segment_ids: int32 [B, S].
-        normalizer: How scores become weights: `Softmax()`.
+        normalizer: How scores become weights: `Softmax()`, or `Entmax(alpha, top_k)`,
+            of which a float32 alpha [N] has a gradient. What top_k selects is constant
+            in every derivative.
         logits_soft_cap: Not implemented yet; None.
         dropout_rate: Not implemented yet; 0.0.
         dropout_rng: Unused while the rate is 0.
@@ -106,17 +121,18 @@ def dot_product_attention(
             twice differentiable) or "reference" (dense). None is "triton" where it can
             run, else "xla"; a sequence is tried in order. A named one never falls back.
         config: Block sizes of the kernels, and whether to prune.
-        return_residual: Also return lse.
+        return_residual: Also return lse; of entmax tau, where alpha is 1 lse.
 
     Returns:
         The output [B, T, N, h] in query's dtype; with `return_residual` a pair of it
-        and lse, float32 [B, T, N] (float64 for float64), differentiable.
+        and lse or tau, float32 [B, T, N] (float64 for float64), differentiable. Tau is
+        +inf where a query may attend to nothing.
 
     Raises:
         ValueError: if a shape, range, name or combination of arguments is wrong.
         TypeError: if a dtype or class is, or a static argument is traced.
         NotImplementedError: if a named implementation cannot run the call, an argument
-            is announced only, or `CoALiBi` is in a sum.
+            is announced only, or `CoALiBi` is in a sum or beside entmax.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -126,9 +142,13 @@ def dot_product_attention(
         >>> attention = pallas_attn.dot_product_attention
         >>> attention(q, k, v, alibi + pair, is_causal=True).shape
         (2, 97, 8, 64)
+        >>> sparse = pallas_attn.Entmax(alpha=1.5)
+        >>> attention(q, k, v, alibi, normalizer=sparse).shape
+        (2, 97, 8, 64)
 
     Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691); Press et al., ALiBi (arXiv
-    2108.12409); FlashBias (arXiv 2505.12044); Co-ALiBi (github.com/Nathancgy/Co-ALIBI).
+    2108.12409); FlashBias (arXiv 2505.12044); Co-ALiBi (github.com/Nathancgy/Co-ALIBI);
+    Peters et al., entmax (arXiv 1905.05702).
     """
     return_residual = check.flag("return_residual", return_residual)
     given = canonical(
@@ -157,12 +177,12 @@ def dot_product_attention(
     sizes = given.sizes
     if sizes.empty:
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
-        lse = jnp.full(output.shape[:-1], -jnp.inf, accumulator(output.dtype))
+        residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
     else:
-        output, lse = attend_of(given.implementation, given.bias)(*given.operands)
+        output, residual = attend_of(given.implementation, given.kind)(*given.operands)
     output = output.reshape(*sizes.leading, *output.shape[1:])
-    lse = lse.reshape(*sizes.leading, *lse.shape[1:])
-    return (output, lse) if return_residual else output
+    residual = residual.reshape(*sizes.leading, *residual.shape[1:])
+    return (output, residual) if return_residual else output
 
 
 def visited(
@@ -182,7 +202,7 @@ def visited(
     key_positions: ArrayLike | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_segment_ids: ArrayLike | None = None,
-    normalizer: Softmax = Softmax(),
+    normalizer: Softmax | Entmax = Softmax(),
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
@@ -229,9 +249,87 @@ def visited(
         config=config,
     )
     sizes = given.sizes
-    blocks = visited_of(given.implementation, given.bias)
+    blocks = visited_of(given.implementation, given.kind)
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
         shares = blocks(*given.operands)
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))
+
+
+def sparsity(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_segment_ids: ArrayLike | None = None,
+    normalizer: Softmax | Entmax = Softmax(),
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | Sequence[str] | None = None,
+    config: Config | None = None,
+) -> Sparsity:
+    """How sparse the weights of a call are, and what that saves.
+
+    Takes the arguments of `dot_product_attention`, and raises what it raises. Weights
+    themselves are never returned, but a key's follows from the thresholds:
+    `return_residual=True` gives tau [B, T, N], and with a = alpha - 1 key j has weight
+    where a t_ij > tau_i, namely (a t_ij - tau_i)^(1/a).
+
+    Returns:
+        `Sparsity(zero_weights, skipped_blocks)`, float32 [B, N] each: of the visible
+        pairs of query and key the share whose weight is exactly 0, and of the visible
+        blocks of them the share that holds no weight and that the kernels leave out (0
+        for "xla" and "reference", which have no blocks). Zeros for softmax.
+
+    Example:
+        >>> import jax, pallas_attn
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+        >>> sparse = pallas_attn.Entmax(alpha=1.5, top_k=1)
+        >>> shares = pallas_attn.sparsity(q, k, v, normalizer=sparse)
+        >>> bool((abs(shares.zero_weights - 96 / 97) < 1e-6).all())
+        True
+    """
+    given = canonical(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        normalizer=normalizer,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        implementation=implementation,
+        config=config,
+    )
+    sizes = given.sizes
+    count = sparsity_of(given.implementation, given.kind)
+    if sizes.empty or count is None:
+        shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
+    else:
+        shares = count(*given.operands)
+    return Sparsity(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

@@ -34,6 +34,8 @@ class Call:
     window: tuple[int, int] | None = None  # (left, right), inclusive, in positions
     offset: int | None = 0  # position of query 0; None: Visibility.offset has it
     precision: lax.Precision | None = None
+    alpha: float | None = 1.0  # of entmax; None: it is an array
+    top_k: int | None = None  # None: every visible key
     config: Config = Config()
     interpret: bool = False
 

@@ -18,6 +18,8 @@ from pallas_attn.checks import (
     options as check_static,
 )
 from pallas_attn.implementations import current_device, resolve
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.shapes import flattened, Sizes
 
 
@@ -39,11 +41,30 @@ class Canonical(NamedTuple):
     call: Call
     implementation: str
     sizes: Sizes
+    alpha: Float[Array, "#B #N"] | None = None  # where `call.alpha` is None
 
     @property
-    def operands(self) -> tuple[Array, Array, Array, Added | CoALiBi, Visibility, Call]:
-        """The arguments of an implementation."""
+    def kind(self) -> str:
+        """Whose functions take the call, as in `implementations.MODULES`."""
+        if isinstance(self.bias, CoALiBi):
+            return "co_alibi"
+        return "softmax" if _is_softmax(self.call.alpha, self.call.top_k) else "entmax"
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The arguments of an implementation; alpha is the fifth of entmax."""
+        if self.kind == "entmax":
+            return (*self[:4], self.alpha, *self[4:6])
         return self[:6]
+
+    @property
+    def residual_of_nothing(self) -> Float[Array, "#B 1 #N"]:
+        """The residual of a query that sees no key."""
+        is_lse = jnp.full((1, 1), self.call.alpha == 1)
+        if self.alpha is not None:
+            is_lse = self.alpha == 1
+        residual = jnp.where(is_lse, -jnp.inf, jnp.inf)[:, None, :]
+        return residual.astype(accumulator(self.query.dtype))
 
 
 def canonical(
@@ -71,7 +92,7 @@ def canonical(
     config: Any,
 ) -> Canonical:
     """Checks every argument of `dot_product_attention`; flattens leading axes."""
-    check_static.normalizer(normalizer)
+    normalizer = check_static.normalizer(normalizer)
     check_static.no_soft_cap(logits_soft_cap)
     check_static.no_dropout(dropout_rate)
     implementation = check_static.implementation(implementation)
@@ -92,6 +113,10 @@ def canonical(
         offset=offset,
     )
     bias = _bias(check_bias.given(bias, sizes), sizes, q.dtype)
+    alpha, top_k = _alpha_and_top_k(normalizer, sizes)
+    sparse = not _is_softmax(alpha, top_k)
+    if sparse and isinstance(bias, CoALiBi):
+        check_static.no_contextual_entmax()
     choice = resolve(
         implementation, current_device(), dtype=q.dtype.name, H=sizes.H, h=sizes.h
     )
@@ -99,6 +124,8 @@ def canonical(
     config = check_static.config(config)
     if isinstance(bias, CoALiBi):
         config = check_static.scanning(config)
+    if sparse:
+        config = check_static.sparse(config)
     call = Call(
         B=sizes.B,
         N=sizes.N,
@@ -113,16 +140,35 @@ def canonical(
         window=check_static.window(local_window_size),
         offset=offset if isinstance(offset, int) else None,
         precision=check_static.precision(precision),
+        alpha=alpha if isinstance(alpha, float) else None,
+        top_k=top_k,
         config=config,
         interpret=name == "triton_interpret",
     )
+    learned = None
+    if not isinstance(alpha, int | float):
+        learned = alpha.astype(accumulator(q.dtype))[None]
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
-    return Canonical(q, k, v, bias, visibility, call, name, sizes)
+    return Canonical(q, k, v, bias, visibility, call, name, sizes, learned)
 
 
 def accumulator(dtype: Any) -> Any:
     """What scores, lse and sums are held in."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _alpha_and_top_k(
+    normalizer: Softmax | Entmax, sizes: Sizes
+) -> tuple[float | Float[Array, " N"], int | None]:
+    """Those of entmax; softmax has alpha 1 and every visible key."""
+    if isinstance(normalizer, Softmax):
+        return 1.0, None
+    alpha, top_k = check.alpha(normalizer.alpha, sizes), normalizer.top_k
+    return alpha, None if top_k is None or top_k >= sizes.S else int(top_k)
+
+
+def _is_softmax(alpha: Any, top_k: int | None) -> bool:
+    return isinstance(alpha, float) and alpha == 1 and top_k is None
 
 
 def _scaled(

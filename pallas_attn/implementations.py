@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_attn.bias.base import Added
-from pallas_attn.bias.co_alibi import CoALiBi
 
+# Kinds of calls, each with functions of its own, and where they are.
+MODULES = {
+    "softmax": ("attention", "attention"),
+    "entmax": ("entmax", "entmax.attention"),
+    "co_alibi": ("co_alibi", "co_alibi.attention"),
+}
 
 NAMES = ("triton", "triton_interpret", "xla", "reference")
 
@@ -115,29 +119,33 @@ def resolve(
     return Choice(None, "; ".join(refusals))
 
 
-def attend_of(name: str, bias: Added | CoALiBi) -> Callable[..., Any]:
+def attend_of(name: str, kind: str) -> Callable[..., Any]:
     """The function behind a name, imported when it is first used.
 
     Args:
         name: One of `NAMES`.
-        bias: The fourth operand; Co-ALiBi has functions of its own.
+        kind: One of `MODULES`.
     """
-    return _module(name, bias).attend
+    return _module(name, kind).attend
 
 
-def visited_of(name: str, bias: Added | CoALiBi) -> Callable[..., Any] | None:
+def visited_of(name: str, kind: str) -> Callable[..., Any] | None:
     """What counts the blocks that an implementation visits; None: it visits all."""
     if name in ("xla", "reference"):
         return None
-    return _module(name, bias).visited_blocks
+    return _module(name, kind).visited_blocks
 
 
-def _module(name: str, bias: Added | CoALiBi) -> Any:
-    package = name if name in ("xla", "reference") else "kernels"
-    module = "attention"
-    if isinstance(bias, CoALiBi):
-        module = "co_alibi.attention" if package == "kernels" else "co_alibi"
-    return importlib.import_module(f"pallas_attn.{package}.{module}")
+def sparsity_of(name: str, kind: str) -> Callable[..., Any] | None:
+    """What counts weights of 0 and blocks without weight; None: there are none."""
+    return _module(name, kind).sparsity_shares if kind == "entmax" else None
+
+
+def _module(name: str, kind: str) -> Any:
+    plain, kernels = MODULES[kind]
+    if name in ("xla", "reference"):
+        return importlib.import_module(f"pallas_attn.{name}.{plain}")
+    return importlib.import_module(f"pallas_attn.kernels.{kernels}")
 
 
 def _no_cuda(device: Device) -> str | None:

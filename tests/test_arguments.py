@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -14,7 +15,9 @@ from pallas_attn import (
     ALiBi,
     CoALiBi,
     dot_product_attention,
+    Entmax,
     FactoredBias,
+    sparsity,
     visited,
 )
 from pallas_attn.testing.evaluate import EXACT, kernel_implementation
@@ -261,6 +264,75 @@ def test_empty_sizes_have_right_shapes_and_no_gradient(size, implementation, nor
     assert_zero(gradients)
     shares = visited(**given, implementation=implementation)
     chex.assert_tree_shape_prefix(tuple(shares), (B, 3, N))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "residual"),
+    [(1.0, -np.inf), (1.5, np.inf), ([1.0, 1.5, 2.0, 1.0], None)],
+    ids=["1", "1.5", "learned"],
+)
+def test_empty_sizes_of_entmax(alpha, residual, normal):
+    if residual is None:
+        alpha = jnp.array(alpha)
+        residual = jnp.where(alpha == 1, -jnp.inf, jnp.inf)
+    query, nothing = normal(2, 3, T, N, H), normal(2, 3, 0, K, H)
+
+    def outputs(alpha):
+        return attend((query, nothing, nothing), normalizer=Entmax(alpha, 3))
+
+    output, tau = outputs(alpha)
+    assert_zero(output)
+    np.testing.assert_array_equal(tau, np.broadcast_to(residual, tau.shape))
+    shares = sparsity(query, nothing, nothing, normalizer=Entmax(alpha))
+    assert_same_bits(tuple(shares), (jnp.zeros((2, 3, N)),) * 2)
+
+
+ENTMAX = ("xla", "reference")
+
+
+@pytest.mark.parametrize("implementation", ENTMAX)
+def test_numbers_that_alpha_and_top_k_may_be(implementation, qkv):
+    operands = qkv(2)
+    found = functools.partial(attend, operands, implementation=implementation)
+    want = found(normalizer=Entmax(1.5, 3))
+    for alpha in (np.float32(1.5), np.float64(1.5)):
+        normalizer: Any = Entmax(alpha, np.int64(3))  # pyright: ignore
+        assert_same_bits(found(normalizer=normalizer), want)
+    assert_same_bits(found(normalizer=Entmax(2)), found(normalizer=Entmax(2.0)))
+    per_head = np.full(N, 1.5)
+    for dtype in ("float16", "float32", "float64"):
+        normalizer = Entmax(per_head.astype(dtype), 3)  # pyright: ignore
+        assert_formula(found(normalizer=normalizer), want)
+
+
+def test_alpha_has_a_gradient_of_its_dtype(qkv):
+    operands = qkv(2)
+    loss = lambda alpha: attend(operands, normalizer=Entmax(alpha))[0].sum()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert jax.grad(loss)(jnp.full(N, 1.5, dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("implementation", ENTMAX)
+def test_entmax_in_float64_stays_float64(implementation, qkv):
+    with jax.enable_x64(True):
+        operands = [x.astype("float64") for x in qkv(2)]
+        for alpha in (1.5, jnp.full(N, 1.5, "float32"), jnp.full(N, 1.5)):
+            got = attend(
+                operands, normalizer=Entmax(alpha), implementation=implementation
+            )
+            chex.assert_trees_all_equal_dtypes(got, (np.zeros(1), np.zeros(1)))
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
+def test_sparsity_has_the_leading_axes(leading, qkv):
+    shares = sparsity(
+        *qkv(*leading), is_causal=True, implementation="xla", normalizer=Entmax(2.0)
+    )
+    for share in shares:
+        assert share.dtype == jnp.float32
+        assert share.shape == (*leading, N)
+    nothing = sparsity(*qkv(*leading), implementation="xla")
+    assert_same_bits(tuple(nothing), (jnp.zeros((*leading, N)),) * 2)
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)

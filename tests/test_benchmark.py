@@ -67,6 +67,15 @@ PROMISED = {
     "B128 N4 T4096 H32, dense [1,4,4096,4096]": ("cudnn-bias", 0.75, 0.55),
     "B1 N8 T2048 H64 float32 causal, ALiBi": ("xla", 0.9, 0.6),
     "B1 N8 T2048 H64 float32 causal, dense [1,8,2048,2048]": ("xla", 0.9, 0.6),
+    "B2 N8 T4096 H64 causal, no bias, entmax 1.5": ("cudnn", 2.45, 1.40),
+    "B1 N16 T16384 H64 causal, no bias, entmax 1.5": ("cudnn", 2.70, 1.20),
+    "B1 N16 T16384 H64 causal, no bias, entmax 1.5, query x 9": ("cudnn", 2.10, 0.80),
+    "B2 N8 T4096 H64 causal, ALiBi, entmax 1.5": ("cudnn", 1.30, 0.58),
+    "B1 N16 T16384 H64 causal, ALiBi, entmax 1.5": ("cudnn", 0.52, 0.23),
+    "B1 N16 T16384 H64 causal, no bias, entmax 1.5 top 32": ("cudnn", 2.50, 1.07),
+    "B1 N16 T16384 H64 causal, no bias, entmax 1.5 top 8": ("cudnn", 2.00, 0.70),
+    "B2 N8 T4096 H64 causal, no bias, entmax 2.0": ("cudnn", 2.90, 1.60),
+    "B2 N8 T4096 H64 causal, dense [1,8,4096,4096], entmax 1.5": ("cudnn", 4.50, 3.70),
 }
 
 
@@ -383,7 +392,7 @@ def test_a_failing_case_leaves_the_others(tmp_path, capsys):
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 26
+    assert len(report.selected(CASES, [], "gpu")) == 36
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -16,11 +16,13 @@ from pallas_attn import (
     Config,
     DenseBias,
     dot_product_attention,
+    Entmax,
     FactoredBias,
     head_home,
     key_home,
     query_home,
     Softmax,
+    sparsity,
     visited,
 )
 from pallas_attn.bias.base import Sum
@@ -104,10 +106,6 @@ class Hidden(Bias):
         return (CoALiBi(self.slopes),)
 
 
-class Entmax:
-    """Stands for a class of a later version."""
-
-
 class ForgetGate(Bias):
     """Stands for a class of a later version."""
 
@@ -117,6 +115,10 @@ class ForgetGate(Bias):
 def block(**change):
     sizes = {"block_q": 64, "block_k": 64, **change}
     return {"config": Config(forward=Block(**sizes))}
+
+
+def entmax(**fields) -> dict[str, Any]:
+    return {"normalizer": Entmax(**fields)}
 
 
 def qkv(
@@ -227,10 +229,31 @@ WRONG = {
     "float ids": Wrong({"query_segment_ids": floats(B, T), "key_segment_ids": ints(B, S)}, TypeError, ("`query_segment_ids`", "int32", "float32", "astype(jnp.int32)")),
     "huge ids": Wrong({"query_segment_ids": np.full((B, T), 2**40), "key_segment_ids": np.zeros((B, S), int)}, ValueError, ("`query_segment_ids`", "fit int32", "1099511627776", "Number from 0")),
     # normalizer and what is announced only
-    "normalizer is a class": Wrong({"normalizer": Softmax}, TypeError, ("`normalizer`", "Softmax()", "the class Softmax", "Leave it out")),
+    "normalizer is a class": Wrong({"normalizer": Softmax}, TypeError, ("`normalizer`", "Softmax() or Entmax(alpha, top_k)", "the class Softmax", "Leave it out")),
+    "Entmax is a class": Wrong({"normalizer": Entmax}, TypeError, ("`normalizer`", "Softmax() or Entmax(alpha, top_k)", "the class Entmax", "Leave it out")),
+    "normalizer is text": Wrong({"normalizer": "entmax"}, TypeError, ("`normalizer`", "Softmax() or Entmax(alpha, top_k)", "'entmax'", "Leave it out")),
     "normalizer is None": Wrong({"normalizer": None}, TypeError, ("`normalizer`", "Softmax()", "None", "Leave it out")),
-    "entmax": Wrong({"normalizer": Entmax()}, NotImplementedError, ("`normalizer`", "alpha-entmax", "Entmax", "Use Softmax()")),
-    "Co-ALiBi and entmax": Wrong({"bias": CoALiBi(floats(N)), "normalizer": Entmax()}, NotImplementedError, ("`normalizer`", "alpha-entmax", "Entmax", "Use Softmax()")),
+    "alpha below 1": Wrong(entmax(alpha=0.5), ValueError, ("`normalizer.alpha`", "1 <= alpha <= 2", "0.5", "1 is softmax")),
+    "alpha above 2": Wrong(entmax(alpha=3), ValueError, ("`normalizer.alpha`", "1 <= alpha <= 2", "3.0", "2 sparsemax")),
+    "alpha is NaN": Wrong(entmax(alpha=float("nan")), ValueError, ("`normalizer.alpha`", "1 <= alpha <= 2", "nan", "1 is softmax")),
+    "alpha is infinite": Wrong(entmax(alpha=np.float32("inf")), ValueError, ("`normalizer.alpha`", "1 <= alpha <= 2", "inf", "1 is softmax")),
+    "alpha is a bool": Wrong(entmax(alpha=True), TypeError, ("`normalizer.alpha`", "a number or a floating array [N]", "True", "1 is softmax")),
+    "alpha is text": Wrong(entmax(alpha="1.5"), TypeError, ("`normalizer.alpha`", "must be an array", "'1.5'", "jnp.asarray")),
+    "alpha is None": Wrong(entmax(alpha=None), TypeError, ("`normalizer.alpha`", "must be an array", "None", "jnp.asarray")),
+    "alpha is a list": Wrong(entmax(alpha=[1.5] * N), TypeError, ("`normalizer.alpha`", "must be an array", "a list", "jnp.asarray")),
+    "alpha of integers": Wrong(entmax(alpha=ints(N) + 1), TypeError, ("`normalizer.alpha`", "float32", "int32", "Cast it")),
+    "alpha of other heads": Wrong(entmax(alpha=floats(3)), ValueError, ("`normalizer.alpha`", "[N] = [4]", "(3,)", "one alpha per head")),
+    "alpha per key head": Wrong(entmax(alpha=floats(K)), ValueError, ("`normalizer.alpha`", "[N] = [4]", "(2,)", "one alpha per head")),
+    "alpha per batch element": Wrong(entmax(alpha=floats(B, N)), ValueError, ("`normalizer.alpha`", "[N] = [4]", "(2, 4)", "one alpha per head")),
+    "scalar alpha array": Wrong(entmax(alpha=floats()), ValueError, ("`normalizer.alpha`", "[N] = [4]", "()", "a Python float for all")),
+    "one alpha of four above 2": Wrong(entmax(alpha=np.array([1, 1.5, 2.5, 2])), ValueError, ("`normalizer.alpha`", "1 <= alpha <= 2", "2.5", "jnp.clip(alpha, 1, 2)")),
+    "top_k of 0": Wrong(entmax(top_k=0), ValueError, ("`normalizer.top_k`", "an int, at least 1, or None", "0", "None keeps every visible key")),
+    "top_k is a bool": Wrong(entmax(top_k=True), TypeError, ("`normalizer.top_k`", "an int, at least 1, or None", "True", "static")),
+    "fractional top_k": Wrong(entmax(top_k=8.0), TypeError, ("`normalizer.top_k`", "an int, at least 1, or None", "8.0", "static")),
+    "top_k is an array": Wrong(entmax(top_k=jnp.asarray(8)), TypeError, ("`normalizer.top_k`", "an int, at least 1, or None", "array of int32", "static_argnames")),
+    "top_k per head": Wrong(entmax(top_k=(8,) * N), TypeError, ("`normalizer.top_k`", "an int, at least 1, or None", "a tuple", "static")),
+    "Co-ALiBi and entmax": Wrong({"bias": CoALiBi(floats(N)), **entmax()}, NotImplementedError, ("`normalizer`", "Co-ALiBi with entmax or top-k", "an Entmax beside a CoALiBi", "Use Softmax()")),
+    "Co-ALiBi and top-k": Wrong({"bias": CoALiBi(floats(N)), **entmax(alpha=1.0, top_k=2)}, NotImplementedError, ("`normalizer`", "Co-ALiBi with entmax or top-k", "an Entmax beside a CoALiBi", "Use Softmax()")),
     "forget gate": Wrong({"bias": ForgetGate(floats(B, S, N))}, NotImplementedError, ("`bias`", "forget gate", "ForgetGate", "Use Softmax()")),
     "soft cap": Wrong({"logits_soft_cap": 30.0}, NotImplementedError, ("`logits_soft_cap`", "not implemented", "30.0", "Leave it None")),
     "soft cap of 0": Wrong({"logits_soft_cap": 0.0}, ValueError, ("`logits_soft_cap`", "> 0", "0.0", "None caps nothing")),
@@ -257,6 +280,9 @@ WRONG = {
     "one block for Co-ALiBi": Wrong({"bias": CoALiBi(floats(4)), **block()}, ValueError, ("`config`", "all of forward, rows and cols or none", "Block(block_q=64", "shipped choice")),
     "two block_k for Co-ALiBi": Wrong({"bias": CoALiBi(floats(4)), "config": Config(Block(32, 32), Block(32, 32), Block(32, 16))}, ValueError, ("`config`", "one block_k", "Block(block_q=32, block_k=16", "shipped choice")),
     "blocks of rows wider than of forward": Wrong({"bias": CoALiBi(floats(4)), "config": Config(Block(32, 32), Block(64, 32), Block(32, 32))}, ValueError, ("`config`", "those of rows and cols divide", "block_q=64", "shipped choice")),
+    "one block for entmax": Wrong({**entmax(), **block()}, ValueError, ("`config`", "all of forward, rows and cols or none", "Block(block_q=64", "shipped choice")),
+    "two block_q for entmax": Wrong({**entmax(), "config": Config(Block(32, 32), Block(16, 32), Block(32, 32))}, ValueError, ("`config`", "one block_q and one block_k", "Block(block_q=16, block_k=32", "shipped choice")),
+    "two block_k for top-k": Wrong({**entmax(alpha=1.0, top_k=2), "config": Config(Block(32, 32), Block(32, 32), Block(32, 16))}, ValueError, ("`config`", "one block_q and one block_k", "Block(block_q=32, block_k=16", "shipped choice")),
     "prune is None": Wrong({"config": Config(prune=None)}, TypeError, ("`config.prune`", "True or False", "None", "static")),  # pyright: ignore[reportArgumentType]
 }
 # fmt: on
@@ -270,7 +296,7 @@ def arguments(wrong):
 def launched(monkeypatch):
     """Nothing may be computed: no implementation is reached."""
 
-    def fail(name, bias):
+    def fail(name, kind):
         raise AssertionError(f"{name} was reached")
 
     monkeypatch.setattr(api, "attend_of", fail)
@@ -303,8 +329,21 @@ def test_a_wrong_call_says_so_when_traced(wrong, launched):
 
 
 @wrongly({id: x for id, x in WRONG.items() if "return_residual" not in x.change})
-def test_visited_makes_the_same_checks(wrong, launched):
+def test_visited_and_sparsity_make_the_same_checks(wrong, launched):
     check(wrong, lambda: visited(**arguments(wrong)))
+    check(wrong, lambda: sparsity(**arguments(wrong)))
+
+
+def test_a_traced_top_k_is_refused(launched):
+    says = ("`normalizer.top_k`", "an int, at least 1", "a traced array", "static")
+    call = lambda k: dot_product_attention(**qkv(), normalizer=Entmax(1.5, k))
+    check(Wrong({}, TypeError, says), lambda: jax.eval_shape(call, jnp.asarray(8)))
+
+
+def test_a_traced_alpha_is_one_per_head(launched):
+    says = ("`normalizer.alpha`", "[N] = [4]", "()", "a Python float for all")
+    call = lambda alpha: dot_product_attention(**qkv(), normalizer=Entmax(alpha))
+    check(Wrong({}, ValueError, says), lambda: jax.eval_shape(call, jnp.asarray(1.5)))
 
 
 def test_several_leading_axes_are_spelled_one_by_one(launched):

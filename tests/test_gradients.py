@@ -63,7 +63,7 @@ def test_the_written_backward_is_that_of_autodiff(bias):
 
     def written(operands):
         given = canonical(**operands, **sample.conditions, **DEFAULTS)
-        reference = reference_of(given.bias)
+        reference = reference_of(given.operands)
         return reference.attend_with_written_backward(*given.operands)
 
     with jax.default_matmul_precision("highest"):

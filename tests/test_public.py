@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import pallas_attn
-from pallas_attn import Bias, dot_product_attention, Softmax, visited
+from pallas_attn import Bias, dot_product_attention, Softmax, sparsity, visited
 from pallas_attn.testing.evaluate import kernel_implementation
 
 
@@ -21,8 +21,10 @@ PUBLIC = [
     "CoALiBi",
     "Config",
     "DenseBias",
+    "Entmax",
     "FactoredBias",
     "Softmax",
+    "Sparsity",
     "alibi_slopes",
     "co_alibi_slopes",
     "dot_product_attention",
@@ -31,6 +33,7 @@ PUBLIC = [
     "linear_alibi_slopes",
     "pair_home",
     "query_home",
+    "sparsity",
     "visited",
 ]
 FUNCTIONS = [
@@ -38,6 +41,7 @@ FUNCTIONS = [
     "co_alibi_slopes",
     "dot_product_attention",
     "linear_alibi_slopes",
+    "sparsity",
     "visited",
 ]
 
@@ -76,10 +80,11 @@ def test_the_signature_is_the_contract():
     assert str(inspect.Signature(bare))[1:-1].split() == SIGNATURE.split()
 
 
-def test_visited_takes_the_same_arguments():
+@pytest.mark.parametrize("function", [visited, sparsity])
+def test_what_describes_a_call_takes_its_arguments(function):
     theirs = dict(inspect.signature(dot_product_attention).parameters)
     del theirs["return_residual"]
-    assert dict(inspect.signature(visited).parameters) == theirs
+    assert dict(inspect.signature(function).parameters) == theirs
 
 
 def test_arguments_are_a_superset_of_those_of_jax_nn():
@@ -106,7 +111,8 @@ def test_functions_say_shapes_errors_and_an_example(name):
     assert ">>> " in said
     assert "Raises:" in said or "raises what it raises" in said
     for parameter in inspect.signature(getattr(pallas_attn, name)).parameters:
-        assert name == "visited" or f" {parameter}: " in said, parameter
+        described = name in ("sparsity", "visited")
+        assert described or f" {parameter}: " in said, parameter
 
 
 @pytest.mark.parametrize("name", ["ALiBi", "CoALiBi", "DenseBias", "FactoredBias"])

@@ -16,6 +16,7 @@ from pallas_attn import (
     Config,
     DenseBias,
     dot_product_attention,
+    Entmax,
     FactoredBias,
 )
 from pallas_attn.bias.base import Sum
@@ -129,6 +130,37 @@ def test_equal_shapes_are_traced_once(name, qkv):
     traced = jax.jit(chex.assert_max_traces(loss, n=1))
     for scale in (1.0, 2.0, 3.0):
         traced(jax.tree.map(lambda x, s=scale: x * s, BIASES[name]()), qkv)
+
+
+def test_a_learned_alpha_is_a_leaf_and_a_static_one_is_none(qkv):
+    query, key, value = qkv
+
+    def loss(normalizer):
+        output = dot_product_attention(query, key, value, normalizer=normalizer)
+        return jnp.sum(output**2)
+
+    learned = Entmax(jnp.full(N, 1.5), top_k=3)
+    assert [x.shape for x in jax.tree.leaves(learned)] == [(N,)]
+    gradient = jax.grad(loss)(learned)
+    chex.assert_trees_all_equal_structs(gradient, learned)
+    assert gradient.top_k == 3
+    assert jnp.isfinite(gradient.alpha).all()
+    assert jax.tree.leaves(Entmax(1.5)) == []
+    assert jax.grad(loss)(Entmax(1.5)) == Entmax(1.5)
+
+
+def test_a_normalizer_is_traced_once_for_equal_shapes(qkv):
+    query, key, value = qkv
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def attend(normalizer):
+        return dot_product_attention(query, key, value, normalizer=normalizer)
+
+    for alpha in (1.2, 1.3):
+        attend(Entmax(jnp.full(N, alpha)))
+        attend(Entmax(1.5))
 
 
 def test_a_config_is_a_static_argument(qkv):

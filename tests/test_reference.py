@@ -39,8 +39,8 @@ SHARED = {
     "bias over keys": {"bias": normal(jax.random.key(2), 1, 1, 1, 53)},
 }
 BACKWARDS = {
-    "autodiff": lambda *x: reference_of(x[3]).attend(*x),
-    "written": lambda *x: reference_of(x[3]).attend_with_written_backward(*x),
+    "autodiff": lambda *x: reference_of(x).attend(*x),
+    "written": lambda *x: reference_of(x).attend_with_written_backward(*x),
 }
 
 

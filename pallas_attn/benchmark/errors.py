@@ -123,6 +123,7 @@ def relative_errors(
             value,
             bias,
             is_causal=case.causal,
+            normalizer=case.normalizer,
             precision=jax.lax.Precision.HIGHEST,
             implementation="xla",
         )

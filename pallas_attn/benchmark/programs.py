@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pallas_attn.benchmark.inputs import draw, Inputs, shapes_of
 from pallas_attn.benchmark.peers import PEERS
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.config import Config
+from pallas_attn.normalizers.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def ours(case: Case, implementation: str, config: Config | None = None) -> Side:
         return dot_product_attention(
             *operands,
             is_causal=case.causal,
+            normalizer=case.normalizer,
             implementation=implementation,
             config=config or case.config,
         )
@@ -88,9 +91,12 @@ def jobs(case: Case, implementation: str) -> dict[str, Callable[[], Any]]:
         del results["cotangent"]
         found[f"{name} forward"] = functools.partial(compiled, side.forward, given)
         found[f"{name} both"] = functools.partial(compiled, side.both, given)
+        own = (
+            case if name == "ours" else dataclasses.replace(case, normalizer=Softmax())
+        )
         found[f"{name} errors"] = functools.partial(
             compiled,
-            functools.partial(relative_errors, case),
+            functools.partial(relative_errors, own),
             given,
             results,
             wide=truth_dtype(case) == "float64",
@@ -105,6 +111,7 @@ def _visited(case: Case, implementation: str) -> Callable[[Inputs], dict[str, Ar
         found = visited(
             *inputs[:4],
             is_causal=case.causal,
+            normalizer=case.normalizer,
             implementation=implementation,
             config=case.config,
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pallas_attn.config import Config
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Case:
     Args:
         name: By which `bench` selects it.
         origin: The paper or system that the shape is from.
+        normalizer: How scores become weights; the peer's is softmax.
         query_factor: By which queries are multiplied: larger scores.
         config: Of our kernels; None: the shipped choice.
         peer: A name in `peers.PEERS`, or None where no peer can run.
@@ -66,6 +69,7 @@ class Case:
     K: int | None = None
     causal: bool = False
     bias: tuple[Term, ...] = ()
+    normalizer: Softmax | Entmax = Softmax()
     dtype: str = "bfloat16"
     query_factor: float = 1.0
     config: Config | None = None
@@ -103,6 +107,9 @@ class Case:
                 return f"factored R{term.rank}{dtype}"
 
     def _unusual(self) -> Iterator[str]:
+        if isinstance(self.normalizer, Entmax):
+            top_k = self.normalizer.top_k
+            yield f"entmax {self.normalizer.alpha}" + (f" top {top_k}" if top_k else "")
         if self.query_factor != 1:
             yield f"query x {self.query_factor:g}"
         if self.config is not None and not self.config.prune:

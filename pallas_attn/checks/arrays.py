@@ -105,6 +105,35 @@ def scale(x: Any) -> float | Float[Array, ""] | None:
     return float(found) if isinstance(found, np.ndarray) else found
 
 
+def alpha(x: Any, sizes: Sizes) -> float | Float[Array, " N"]:
+    """Entmax's alpha: a number, or one per head, within 1..2."""
+    if isinstance(x, bool | np.bool_):
+        raise TypeError(
+            f"`normalizer.alpha` must be a number or a floating array [N]; got {x}. 1 "
+            "is softmax, 2 sparsemax."
+        )
+    if isinstance(x, int | float | np.integer | np.floating):
+        _within(np.asarray(x, np.float64))
+        return float(x)
+    found = array("normalizer.alpha", x)
+    floating("normalizer.alpha", found, "Cast it: `.astype(jnp.float32)`.")
+    advice = "Give one alpha per head, or a Python float for all."
+    shape("normalizer.alpha", found, axes("N", sizes), advice)
+    values = known(x)  # the array made of it may be traced
+    if values is not None:
+        _within(values.astype(np.float64))
+    return found
+
+
+def _within(values: np.ndarray) -> None:
+    wrong = values[~((values >= 1) & (values <= 2))]
+    if wrong.size:
+        raise ValueError(
+            f"`normalizer.alpha` must be 1 <= alpha <= 2; got {float(wrong[0])}. 1 "
+            "is softmax, 2 sparsemax; clip a learned one: `jnp.clip(alpha, 1, 2)`."
+        )
+
+
 def lengths(name: str, x: Any, sizes: Sizes, most: int) -> Int[Array, "*B"] | None:
     """Lengths, one per batch element, clipped to 0..most."""
     if x is None:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax import lax
 
-from pallas_attn.checks.rules import kind, not_yet, static_int
+from pallas_attn.checks.rules import kind, static_int
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import Choice, NAMES
+from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
 
@@ -58,15 +59,30 @@ def window(x: Any) -> tuple[int, int] | None:
     return left, right
 
 
-def normalizer(x: Any) -> Softmax:
-    """Softmax, for now."""
-    not_yet("normalizer", x)
-    if not isinstance(x, Softmax):
+def normalizer(x: Any) -> Softmax | Entmax:
+    """Softmax or Entmax, whose top_k is there when the call is traced."""
+    if not isinstance(x, Softmax | Entmax):
         raise TypeError(
-            f"`normalizer` must be Softmax(); got {kind(x)}. Leave it out, or write "
-            "`normalizer=Softmax()`."
+            f"`normalizer` must be Softmax() or Entmax(alpha, top_k); got {kind(x)}. "
+            "Leave it out, or write `normalizer=Softmax()`."
         )
+    if isinstance(x, Entmax) and x.top_k is not None:
+        rule = "an int, at least 1, or None"
+        static_int("normalizer.top_k", x.top_k, rule)
+        if x.top_k < 1:
+            raise ValueError(
+                f"`normalizer.top_k` must be {rule}; got {x.top_k}. None keeps every "
+                "visible key."
+            )
     return x
+
+
+def no_contextual_entmax() -> None:
+    """Co-ALiBi has no weights but those of softmax."""
+    raise NotImplementedError(
+        "`normalizer`: Co-ALiBi with entmax or top-k is not implemented; got an Entmax "
+        "beside a CoALiBi at `bias`. Use Softmax(), or another bias."
+    )
 
 
 def no_soft_cap(x: Any) -> None:
@@ -167,6 +183,19 @@ def scanning(x: Config) -> Config:
             "`config` must, for Co-ALiBi, give all of forward, rows and cols or none, "
             "with one block_k and a forward.block_q that those of rows and cols "
             f"divide; got {', '.join(map(str, given))}. None is the shipped choice."
+        )
+    return x
+
+
+def sparse(x: Config) -> Config:
+    """A Config for Entmax, whose passes share what is known of each block."""
+    given = (x.forward, x.rows, x.cols)
+    blocks = {(b.block_q, b.block_k) for b in given if b is not None}
+    if None in given and blocks or len(blocks) > 1:
+        raise ValueError(
+            "`config` must, for Entmax, give all of forward, rows and cols or none, "
+            f"with one block_q and one block_k; got {', '.join(map(str, given))}. None "
+            "is the shipped choice."
         )
     return x
 

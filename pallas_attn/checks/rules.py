@@ -16,10 +16,7 @@ from pallas_attn.shapes import Axis, fits, fits_from_the_right, spelled
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # What later versions bring, by the name of its class.
-LATER = {
-    "ForgetGate": "The forget gate",
-    "Entmax": "alpha-entmax",
-}
+LATER = {"ForgetGate": "The forget gate"}
 
 
 def array(name: str, x: Any) -> Array:

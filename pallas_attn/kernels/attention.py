@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, Visibility
 from pallas_attn.kernels import passes
 from pallas_attn.kernels.columns import factor_gradient, with_columns
-from pallas_attn.kernels.operands import Operands, Residuals
-from pallas_attn.kernels.plan import is_row_constant, plan, Wanted
+from pallas_attn.kernels.operands import Operands, Residuals, Wanted
+from pallas_attn.kernels.plan import is_row_constant, Plan, plan
 from pallas_attn.kernels.terms import Field, fields, home, with_fields
 from pallas_attn.kernels.visible import sight
 
@@ -74,8 +74,13 @@ def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
 def _attend_fwd(ops: Any, call: Call) -> Any:
     values = jax.tree.map(lambda x: x.value, ops)
     asked = jax.tree.map(lambda x: x.perturbed, ops)
+    return _forward(values, call, wanted_of(asked))
+
+
+def wanted_of(asked: Operands) -> Wanted:
+    """Which gradients are asked for, by a bool in place of every operand."""
     products = asked.added.products
-    wanted = Wanted(
+    return Wanted(
         q=asked.q,
         k=asked.k,
         v=asked.v,
@@ -83,7 +88,6 @@ def _attend_fwd(ops: Any, call: Call) -> Any:
         a=tuple(i for i, (a, _) in enumerate(products) if a),
         b=tuple(i for i, (_, b) in enumerate(products) if b),
     )
-    return _forward(values, call, wanted)
 
 
 def _attend_bwd(call: Call, residuals: Residuals, cotangents: Any) -> Any:
@@ -121,11 +125,22 @@ def _forward(
 
 def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Operands:
     """The gradient of every operand; None where nobody asked."""
-    ops, wanted, products = res.ops, res.wanted, res.ops.added.products
-    p = plan(call, ops.sight, ops.added, wanted)
+    p = plan(call, res.ops.sight, res.ops.added, res.wanted)
     cot, pruning = passes.cotangents(res, do, dlse, call, p)
-    rows = passes.rows(ops, cot, pruning, call, p) if p.rows else {}
-    cols = passes.cols(ops, cot, pruning, call, p) if p.cols else {}
+    total = None if dlse is None else jnp.where(res.lse == jnp.inf, 0.0, dlse)
+    return gradients(res, cot, pruning, total, call, p)
+
+
+def gradients(
+    res: Any, cot: Any, blocks: Any, total: Array | None, call: Call, p: Plan
+) -> Operands:
+    """The gradient of every operand by rows, cols and tiles over some blocks.
+
+    total: what a row of dS adds up to, [B, N, T]; None: 0.
+    """
+    ops, wanted, products = res.ops, res.wanted, res.ops.added.products
+    rows = passes.rows(ops, cot, blocks, call, p) if p.rows else {}
+    cols = passes.cols(ops, cot, blocks, call, p) if p.cols else {}
     ds: Any = cols.get("ds")
     if p.own and not p.rows:
         if wanted.q:
@@ -137,16 +152,31 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
             rows["da"][i] = passes.thin_rows(ds, b, out, ops, call, p)
     if p.own and not p.dk and wanted.k:
         cols["dk"] = passes.thin_cols(ds, ops.q, ops.k, ops, call, p)
+    pairs = dict.fromkeys(p.own, ds)
+    pairs |= {f: passes.tiles(ops, cot, blocks, f, call, p) for f in p.tile_fields}
+    return collected(res, Made(rows, cols, pairs, total), p, call)
+
+
+class Made(NamedTuple):
+    """What the backward passes made, before it has its operands' shapes."""
+
+    rows: dict[str, Any]  # dq, da by product, fields
+    cols: dict[str, Any]  # dk, dv, db by product, fields
+    pairs: dict[Field, Any]
+    total: Array | None
+
+
+def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
+    """The gradient of every operand, in its shape; None where nobody asked."""
+    ops, wanted, rows, cols = res.ops, res.wanted, made.rows, made.cols
 
     def field_gradient(f: Field, x: Array) -> Array | None:
         if f not in wanted.fields:
             return None
-        if f in p.own:
-            return ds.astype(x.dtype)
-        if f in p.tile_fields:
-            return passes.tiles(ops, cot, f, call, p)
+        if f in made.pairs:
+            return made.pairs[f].astype(x.dtype)
         if is_row_constant(ops.added, f):
-            return _row_constant(home(ops.added, f), x, dlse, res.lse)
+            return _row_constant(home(ops.added, f), x, made.total)
         along_queries = f in p.row_fields
         g = (rows if along_queries else cols)["fields"][f]
         return _to_field(home(ops.added, f), g, x, along_queries)
@@ -156,8 +186,9 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
         g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
         if g is None:
             return None
-        g = factor_gradient(g, *res.factors[n], side, call)
-        return _reduced(g, res.factors[n][side], (0, 2))
+        a, b = res.factors[n]
+        g = factor_gradient(g, a, b, side, call)
+        return reduced(g, (a, b)[side], (0, 2))
 
     grads = {f: field_gradient(f, x) for f, x in fields(ops.added).items()}
     sides: Any = tuple(
@@ -172,24 +203,24 @@ def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Oper
     )
 
 
-def _row_constant(home: str, x: Array, dlse: Array | None, lse: Array) -> Array:
-    """The gradient of what shifts a whole row: the weights stay, lse moves along."""
-    if dlse is None:
+def _row_constant(home: str, x: Array, total: Array | None) -> Array:
+    """The gradient of what shifts a whole row: what its dS adds up to."""
+    if total is None:
         return jnp.zeros_like(x)
-    return _to_field(home, jnp.where(lse == jnp.inf, 0.0, dlse), x, along_queries=True)
+    return _to_field(home, total, x, along_queries=True)
 
 
 def _to_field(home: str, g: Array, x: Array, along_queries: bool) -> Array:
     """[B, N, T] or [B, N, S] summed to a field's shape."""
     if home == "head":
-        return _reduced(g.sum(2), x, (0, 1))
+        return reduced(g.sum(2), x, (0, 1))
     if home == "pair":
         g = g[..., None] if along_queries else g[:, :, None, :]
-        return _reduced(g, x, (0, 1, 2, 3))
-    return _reduced(jnp.swapaxes(g, 1, 2), x, (0, 2))
+        return reduced(g, x, (0, 1, 2, 3))
+    return reduced(jnp.swapaxes(g, 1, 2), x, (0, 2))
 
 
-def _reduced(g: Array, x: Array, axes: tuple[int, ...]) -> Array:
+def reduced(g: Array, x: Array, axes: tuple[int, ...]) -> Array:
     """The sum of g over the axes where x has 1."""
     summed = [a for a in axes if x.shape[a] == 1 < g.shape[a]]
     return g.sum(summed, keepdims=True).astype(x.dtype)

@@ -11,23 +11,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
-from pallas_attn.kernels import walk
-from pallas_attn.kernels.operands import Cotangents, Operands, Pruning
+from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import (
-    far_keys,
-    far_queries,
     frame_of,
     key_tile,
-    keys_of,
     queries_of,
     query_tile,
     report,
 )
 from pallas_attn.kernels.plan import block_of, Plan
+from pallas_attn.kernels.pruning import Own
 from pallas_attn.kernels.ranges import covers
-from pallas_attn.kernels.scores import reach_of, times, weights_and_ds
+from pallas_attn.kernels.scores import times, weights_and_ds
 from pallas_attn.kernels.terms import Field, hold, home, on_tile, pullback
-from pallas_attn.kernels.tile import at_keys, at_queries, Tile, zeros
+from pallas_attn.kernels.tile import at_queries, Tile, zeros
 
 
 f32 = jnp.float32
@@ -36,16 +33,18 @@ i32 = jnp.int32
 
 def rows_kernel(
     ops: Operands,
-    cot: Cotangents,
-    pruning: Pruning,
+    cot: Any,
+    blocks: Any,
     out: dict[str, Any],
     *,
     call: Call,
     plan: Plan,
 ) -> None:
-    """For one query block: dq, the query side of products, row-owned fields."""
+    """For one query block: dq, the query side of products, row-owned fields.
+
+    cot: `Cotangents`; blocks: says which to visit, `Pruning` (or entmax's of both).
+    """
     t0 = query_tile(ops.sight, call, plan, "rows")
-    w = keys_of(t0, plan.two)
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
     stats = cot.of_rows(t0)
@@ -54,7 +53,7 @@ def rows_kernel(
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
         terms = on_tile(ops.added, t, held)
-        p, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, stats)
+        _, u, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, stats)
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + times(t, ds, t.seen_keys(visible, y), k.dtype)
@@ -62,62 +61,49 @@ def rows_kernel(
         return {
             "dq": add(state["dq"], k),
             "da": {x: add(y, ks[x]) for x, y in state["da"].items()},
-            "sums": add_sums(state["sums"], t, terms, p, ds),
+            "sums": add_sums(state["sums"], t, terms, u, ds),
         }
 
-    def add_sums(sums: Any, t: Tile, terms: Any, p: jax.Array, ds: jax.Array) -> Any:
-        """Sums over keys: of dS, and per field of its gradient by dS and by P."""
+    def add_sums(sums: Any, t: Tile, terms: Any, u: jax.Array, ds: jax.Array) -> Any:
+        """Sums over keys: of dS, and per field of its gradient by dS and by U."""
         if not plan.row_fields:
             return sums
         total, fields = sums
         back = pullback(terms, plan.row_fields, t)
-        by_ds, by_p = back(ds), back(p)
+        by_ds, by_u = back(ds), back(u)
         return total + jnp.sum(ds, 1), {
-            f: (x + by_ds[f], y + by_p[f]) for f, (x, y) in fields.items()
+            f: (x + by_ds[f], y + by_u[f]) for f, (x, y) in fields.items()
         }
-
-    def near(j: Any, side: Any, state: Any) -> Any:
-        return step(at_keys(t0, j, side, edge=True), state)
 
     nothing = jnp.zeros((t0.bq,), f32)
     sums = nothing, dict.fromkeys(plan.row_fields, (nothing, nothing))
-    state = w.near_loop(
-        near,
-        {
-            "dq": zeros(t0.bq, ops.q),
-            "da": {x: zeros(t0.bq, products[x][0]) for x in plan.da},
-            "sums": sums if plan.row_fields else (),
-        },
-    )
-    if plan.pruned:
-        floor = jnp.min(jnp.where(t0.inside_rows(), stats.lse, jnp.inf))
-        far = far_keys(t0, w, ops, held, pruning, reach_of(call, q, qs), floor)
-    else:
-        far = walk.all_far(w.sides)
-
-    def rest(j: Any, side: Any, state: Any) -> Any:
-        return step(at_keys(t0, j, side, edge=ops.sight.veiled), state)
-
-    state = far.loop(rest, state)
+    state = {
+        "dq": zeros(t0.bq, ops.q),
+        "da": {x: zeros(t0.bq, products[x][0]) for x in plan.da},
+        "sums": sums if plan.row_fields else (),
+    }
+    own = Own(q, qs, stats)
+    state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
     # In an empty row 0 may have met a query that is not finite.
-    some = stats.lse != jnp.inf
+    some = stats.some
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
     if plan.row_fields:
         # A row of dS adds up to dlse. What rounding (of o in delta) left beyond that is
-        # a multiple of P in dS, and small beside dS only until a row is summed.
+        # a multiple of U in dS, and small beside dS only until a row is summed.
         total, fields = state["sums"]
         beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
+        beyond = stats.of_one(beyond)
         for f, (x, y) in fields.items():
             t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
-    report(out["visits"], t0, t0.q0 // i32(t0.bq), w, far)
+    report(out["visits"], t0, t0.q0 // i32(t0.bq), visits)
 
 
 def cols_kernel(
     ops: Operands,
-    cot: Cotangents,
-    pruning: Pruning,
+    cot: Any,
+    blocks: Any,
     out: dict[str, Any],
     *,
     call: Call,
@@ -129,7 +115,6 @@ def cols_kernel(
     if the plan stores it.
     """
     x0 = key_tile(ops.sight, call, plan, "cols")
-    w = queries_of(x0, plan.two)
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
@@ -145,7 +130,7 @@ def cols_kernel(
         def step(t: Tile, state: Any) -> Any:
             q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
             terms = on_tile(ops.added, t, held)
-            p, ds, visible = weights_and_ds(
+            p, _, ds, visible = weights_and_ds(
                 t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
             )
             low = ds.astype(q.dtype)
@@ -171,38 +156,25 @@ def cols_kernel(
                 },
             }
 
-        def near(i: Any, side: Any, state: Any) -> Any:
-            return step(at_queries(t0, i, side, edge=True), state)
-
-        def rest(i: Any, side: Any, state: Any) -> Any:
-            return step(at_queries(t0, i, side, edge=ops.sight.veiled), state)
-
         def clear(i: Any, _: None) -> None:
             zero = jnp.zeros((bq, bk), f32)
             at_queries(t0, i, 0, edge=True).put_pair(out["ds"], zero)
 
-        state = w.near_loop(
-            near,
-            state
-            | {
-                "db": {x: zeros(bk, products[x][1]) for x in plan.db},
-                "fields": {f: jnp.zeros((bk,), f32) for f in plan.col_fields},
-            },
-        )
-        if plan.pruned:
-            far = far_queries(t0, w, ops, held, pruning, plan)
-        else:
-            far = walk.all_far(w.sides)
-        state = far.loop(rest, state)
+        state = state | {
+            "db": {x: zeros(bk, products[x][1]) for x in plan.db},
+            "fields": {f: jnp.zeros((bk,), f32) for f in plan.col_fields},
+        }
+        state, visits = blocks.over_queries(t0, ops, held, plan, step, state)
         if plan.store:  # no query of these blocks sees these keys
-            for lo, hi in ((0, w.span[0]), (w.span[1], pl.cdiv(call.T, bq))):
+            span = queries_of(t0, plan.two).span
+            for lo, hi in ((0, span[0]), (span[1], pl.cdiv(call.T, bq))):
                 if not (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
                     lax.fori_loop(i32(lo), i32(hi), clear, None)
         for x, y in state.pop("db").items():
             t0.put_keys(out["db"][x], t0.keep_keys(y * call.scale))
         for f, y in state.pop("fields").items():
             t0.put_key_stat(out["fields"][f], t0.keep_keys(y))
-        report(out["visits"], t0, t0.k0 // i32(bk), w, far)
+        report(out["visits"], t0, t0.k0 // i32(bk), visits)
         return state
 
     state = {"dv": zeros(bk, ops.v)} | ({"dk": zeros(bk, ops.k)} if plan.dk else {})
@@ -217,7 +189,8 @@ def cols_kernel(
 
 def tiles_kernel(
     ops: Operands,
-    cot: Cotangents,
+    cot: Any,
+    blocks: Any,
     out: Any,
     *,
     call: Call,
@@ -248,13 +221,10 @@ def tiles_kernel(
     t0 = at(b0, h0)
     held = {field: t0.field(home(ops.added, field), array)}
 
-    def body(y: Any, acc: jax.Array) -> jax.Array:
-        b = b0 if own_b > 1 else (y if own_h > 1 else y // call.N)
-        h = h0 if own_h > 1 else y % call.N
-        t = at(b, h)
+    def add(t: Tile, acc: jax.Array) -> jax.Array:
         terms = on_tile(ops.added, t, held)
         products = ops.added.products
-        _, ds, visible = weights_and_ds(
+        _, _, ds, visible = weights_and_ds(
             t,
             (t.rows(ops.q), t.keys(ops.k), t.keys(ops.v), t.rows(cot.do)),
             ([t.rows(a) for a, _ in products], [t.keys(x) for _, x in products]),
@@ -263,6 +233,11 @@ def tiles_kernel(
         )
         grad = pullback(terms, (field,), t)(ds)[field]
         return acc + (grad if visible is None else jnp.where(visible, grad, 0.0))
+
+    def body(y: Any, acc: jax.Array) -> jax.Array:
+        b = b0 if own_b > 1 else (y if own_h > 1 else y // call.N)
+        h = h0 if own_h > 1 else y % call.N
+        return blocks.at(at(b, h), add, acc)
 
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)

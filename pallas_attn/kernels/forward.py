@@ -11,12 +11,13 @@ from jax import lax
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
 from pallas_attn.kernels.instructions import exp2
-from pallas_attn.kernels.operands import Operands, Pruning
-from pallas_attn.kernels.owner import far_keys, keys_of, query_tile, report
+from pallas_attn.kernels.operands import Operands
+from pallas_attn.kernels.owner import keys_of, query_tile, report
 from pallas_attn.kernels.plan import Plan
+from pallas_attn.kernels.pruning import far_keys, Pruning, visits
 from pallas_attn.kernels.ranges import covers
-from pallas_attn.kernels.scores import dots, reach_of, weightless
-from pallas_attn.kernels.terms import hold, on_tile, parts
+from pallas_attn.kernels.scores import reach_of, row_scores
+from pallas_attn.kernels.terms import hold
 from pallas_attn.kernels.tile import (
     at_keys,
     store_number,
@@ -44,28 +45,15 @@ def forward_kernel(
     """Output and log2-sum of one query block."""
     t0 = query_tile(ops.sight, call, plan, "forward")
     w = keys_of(t0, plan.two)
-    mul, inverse = call.scale * LOG2E, 1.0 / call.scale
-    products = ops.added.products
-    several = len(ops.added.terms) + len(products) > 1
-    q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in products]
+    mul = call.scale * LOG2E
+    q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
 
     def power(x: jax.Array) -> jax.Array:
         return exp2(call, x)
 
     def scores(t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """(x, row, visible): the scores x + row in units of q.k."""
-        x = dots(t, q, t.keys(ops.k), qs, [t.keys(b) for _, b in products])
-        row, rest = parts(on_tile(ops.added, t, held), t)
-        for r in weightless(rest, several):
-            # Not `+ r`: that would become the dot's accumulator, whose load Triton does
-            # not pipeline.
-            x = x - r * -inverse
-        visible = t.visible
-        if visible is not None:
-            x = jnp.where(visible, x, -jnp.inf)
-        row = jnp.broadcast_to(row * inverse, (t.bq, 1)).reshape(t.bq)
-        return x, t.seen_queries(visible, row), visible
+        return row_scores(t, q, qs, ops.k, ops.added, held)
 
     def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
         v = t.seen_keys(visible, t.keys(ops.v))
@@ -130,4 +118,4 @@ def forward_kernel(
     if plan.large:
         t0.put_stat(out["peak"], jnp.where(l == 0, jnp.inf, m))
         t0.put_stat(out["total"], jnp.log2(jnp.where(l == 0, 1.0, l)))
-    report(out["visits"], t0, t0.q0 // i32(t0.bq), w, far)
+    report(out["visits"], t0, t0.q0 // i32(t0.bq), visits(w, far))

@@ -22,6 +22,20 @@ def exp2(call: Call, x: jax.Array) -> jax.Array:
     return _inline("ex2.approx.ftz.f32 $0, $1;", x, f32)
 
 
+def log2(call: Call, x: jax.Array) -> jax.Array:
+    """The base-2 logarithm in one lg2 instruction, to 2^-22; libdevice's is twenty."""
+    if call.interpret:
+        return jnp.log2(x)
+    return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
+
+
+def relu(call: Call, x: jax.Array) -> jax.Array:
+    """The larger of x and 0, and NaN for NaN; Triton's own maximum drops it."""
+    if call.interpret:
+        return jnp.where(x <= 0, 0.0, x)
+    return _inline("max.NaN.f32 $0, $1, 0f00000000;", x, f32)
+
+
 def sigmoid(call: Call, x: jax.Array, scale: float, *, precise: bool) -> jax.Array:
     """1 / (1 + exp(-scale x)); by the approximate tanh, to 2^-11, unless precise."""
     if precise:

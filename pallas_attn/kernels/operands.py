@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.bias.base import Added
+from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.terms import Field
 from pallas_attn.kernels.tile import Tile
 from pallas_attn.kernels.visible import Sight
+from pallas_attn.normalizers.softmax import exponent, LOG2E
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,35 @@ class RowStats:
     delta: jax.Array
     peak: jax.Array | None
     total: jax.Array | None
+
+    @property
+    def some(self) -> jax.Array:
+        """Whether a query attends to anything."""
+        return self.lse != jnp.inf
+
+    def weights(
+        self, t: Tile, s: jax.Array, row: Any, rest: list[jax.Array], visible: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(P, U) of products s and of what is added to them; U is P."""
+        mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
+        if self.peak is None or self.total is None:
+            e = s * mul
+            for r in rest:
+                e = e + r * LOG2E
+            e = e - (t.along_q(self.lse) - row * LOG2E)
+        else:
+            for r in rest:
+                s = s - r * -inverse  # as the forward pass rounds it
+            base = t.along_q(self.peak) - row * inverse
+            e = exponent(s, base, mul, large=True) - t.along_q(self.total)
+        if visible is not None:
+            e = jnp.where(visible, e, -jnp.inf)
+        p = exp2(t.call, e)
+        return p, p
+
+    def of_one(self, x: jax.Array) -> jax.Array:
+        """What x per query is as a multiple of U: a row of P adds up to 1."""
+        return x
 
 
 @jax.tree_util.register_dataclass
@@ -97,18 +128,3 @@ class Residuals:
     reach: Any = None
     peak: Any = None
     total: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Pruning:
-    """What rules blocks out; None where nothing is pruned.
-
-    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
-    reach: the largest |scale [q, A]| (log2) of a forward block of queries.
-    floors: the least log2-sum of a grain of queries.
-    """
-
-    norms: Any = None
-    reach: Any = None
-    floors: Any = None

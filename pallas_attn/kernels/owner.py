@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
 from pallas_attn.kernels.instructions import uniform
-from pallas_attn.kernels.operands import Operands, Pruning
 from pallas_attn.kernels.plan import block_of, grid_of, Plan
-from pallas_attn.kernels.terms import bound
+from pallas_attn.kernels.ranges import (
+    covers,
+    cut_evenly,
+    keys_in_sight,
+    most,
+    queries_in_sight,
+    Runs,
+    runs,
+)
 from pallas_attn.kernels.tile import load_number, store_number, Tile
-from pallas_attn.kernels.visible import frame, GRAIN, Sight
+from pallas_attn.kernels.visible import frame, Sight
 
 
 i32 = jnp.int32
@@ -60,63 +64,48 @@ def queries_of(t: Tile, two: bool) -> walk.Walk:
     return walk.over_queries(t.call, t.frame, t.k0, t.bq, t.bk, two, span)
 
 
-def far_keys(
-    t: Tile,
-    w: walk.Walk,
-    ops: Operands,
-    held: Any,
-    pruning: Pruning,
-    reach: Any,
-    floor: Any,
-) -> walk.Remaining:
-    """The far blocks that remain, where every row's log2-sum is at least `floor`."""
-    call, norms = t.call, pruning.norms
-    p0 = t.q0 + t.frame.offset
-
-    def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
-        lead = (t.b, t.h // i32(call.N // norms.shape[1]))
-        norm = walk.of_blocks(norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
-        k0 = j * t.bk
-        most = bound(ops.added, held, p0, p0 + t.bq - 1, k0, k0 + t.bk - 1)
-        return norm * reach + most, floor
-
-    return walk.holes(call, w.sides, pl.cdiv(call.S, t.bk), t.bk, weight)
+def key_runs(t: Tile) -> Runs:
+    """The key blocks of a query block; all in the middle where arrays hide pairs."""
+    call = t.call
+    hull = walk.hull(call, t.sight, t.b, t.h, t.q0, t.bq, t.bk, by_key=False)
+    visited, whole = keys_in_sight(call, t.frame, t.q0, t.bq)
+    if t.sight.veiled:
+        return runs(t.bk, visited, visited, hull, low_edge=False, high_edge=False)
+    window = call.window is not None
+    edge = call.causal or window or _ragged(t)
+    return runs(t.bk, visited, whole, hull, low_edge=window, high_edge=edge)
 
 
-def far_queries(
-    t: Tile, w: walk.Walk, ops: Operands, held: Any, pruning: Pruning, plan: Plan
-) -> walk.Remaining:
-    """The far blocks that remain, where a block's row sums are at least its floor."""
-    call, lead = t.call, (t.b, t.h)
-    norm = _norm_of_keys(pruning.norms, t)
-    reach_block = block_of(call, plan, "forward").block_q
-
-    def weight(i: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q0 = i * t.bq + t.frame.offset
-        reach = walk.of_blocks(
-            pruning.reach, lead, i, ok, t.bq, reach_block, jnp.maximum
-        )
-        floor = walk.of_blocks(pruning.floors, lead, i, ok, t.bq, GRAIN, jnp.minimum)
-        most = bound(ops.added, held, q0, q0 + t.bq - 1, t.k0, t.k0 + t.bk - 1)
-        return reach * norm + most, floor
-
-    return walk.holes(call, w.sides, pl.cdiv(call.T, t.bq), t.bq, weight)
-
-
-def report(ref: Any, t: Tile, n: Any, w: walk.Walk, far: walk.Remaining) -> None:
-    """How many blocks this program visited, and how many there were."""
-    near = i32(w.near[1]) - i32(w.near[0])
-    store_number(ref, (t.b, t.h, n, i32(0) * n), near + i32(far.count))
-    store_number(ref, (t.b, t.h, n, i32(0) * n + 1), w.visible)
+def query_runs(t: Tile) -> Runs:
+    """The query blocks of a key block; past the last query a row's weights are 0."""
+    call = t.call
+    hull = walk.hull(call, t.sight, t.b, t.h, t.k0, t.bk, t.bq, by_key=True)
+    visited, whole = queries_in_sight(call, t.frame, t.k0, t.bk)
+    if t.sight.veiled:
+        return runs(t.bq, visited, visited, hull, low_edge=False, high_edge=False)
+    window = call.window is not None
+    ragged = _ragged(t)
+    low_edge = call.causal or window or ragged
+    # Past the end of an array nothing is read; past a length there may be anything.
+    high_edge = window or not covers(t.frame.queries, call.T)
+    found = runs(t.bq, visited, whole, hull, low_edge=low_edge, high_edge=high_edge)
+    if not ragged:
+        return found
+    # A key block that the last key ends is masked everywhere.
+    lo = jnp.where(t.k0 + t.bk > t.frame.keys[1], i32(found.hi), i32(found.lo))
+    return Runs(found.first, most(found.lo, lo), found.hi, found.last)
 
 
-def _norm_of_keys(norms: Any, t: Tile) -> jax.Array:
-    """The largest norm of the keys of a block."""
-    final = norms.shape[-1] - 1
-    head = t.h // i32(t.call.N // norms.shape[1])
-    grains = [
-        jnp.minimum(t.k0 // i32(GRAIN) + r, final) for r in range(max(1, t.bk // GRAIN))
-    ]
-    return functools.reduce(
-        jnp.maximum, [load_number(norms, (t.b, head, g)) for g in grains]
-    )
+def _ragged(t: Tile) -> bool:
+    """Whether a key block may have keys that nobody sees at its end."""
+    return not cut_evenly(t.frame.keys, t.call.S, t.bk)
+
+
+# How many blocks a program visits, and how many there are to visit.
+Visits = tuple[Any, Any]
+
+
+def report(ref: Any, t: Tile, n: Any, visits: Visits) -> None:
+    """Store what program n of its batch entry and head visited."""
+    for place, count in enumerate(visits):
+        store_number(ref, (t.b, t.h, n, i32(0) * n + place), count)

@@ -15,9 +15,10 @@ from pallas_attn.config import Block
 from pallas_attn.kernels.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.kernels.forward import forward_kernel
 from pallas_attn.kernels.launch import launch, like
-from pallas_attn.kernels.operands import Cotangents, Operands, Pruning, Residuals
+from pallas_attn.kernels.operands import Cotangents, Operands, Residuals
 from pallas_attn.kernels.plan import block_of, grid_of, Plan
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
+from pallas_attn.kernels.pruning import Pruning
 from pallas_attn.kernels.terms import Field, fields, turned
 from pallas_attn.kernels.thin import thin_cols_kernel, thin_rows_kernel
 from pallas_attn.kernels.visible import GRAIN
@@ -72,9 +73,7 @@ def cotangents(
     return cot, pruning
 
 
-def rows(
-    ops: Operands, cot: Cotangents, pruning: Pruning, call: Call, p: Plan
-) -> dict[str, Any]:
+def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
     """dq, the query sides of products, the fields per head and per query; visits."""
     products = ops.added.products
     outputs = {
@@ -83,12 +82,10 @@ def rows(
         "fields": {f: _per_row(call) for f in p.row_fields},
         "visits": _visits(call, grid_of(call, p, "rows").blocks),
     }
-    return _run(rows_kernel, "rows", (ops, cot, pruning), outputs, call, p)
+    return _run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p)
 
 
-def cols(
-    ops: Operands, cot: Cotangents, pruning: Pruning, call: Call, p: Plan
-) -> dict[str, Any]:
+def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
     """dv, dk or dS, the key sides of products, the fields per key; visits."""
     if p.turn:
         ops = replace(ops, added=turned(ops.added))
@@ -105,10 +102,12 @@ def cols(
     if p.store:
         shape = (call.B, call.N, call.T, call.S)
         outputs["ds"] = jax.ShapeDtypeStruct(shape, p.store)
-    return _run(cols_kernel, "cols", (ops, cot, pruning), outputs, call, p)
+    return _run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p)
 
 
-def tiles(ops: Operands, cot: Cotangents, field: Field, call: Call, p: Plan) -> Array:
+def tiles(
+    ops: Operands, cot: Any, blocks: Any, field: Field, call: Call, p: Plan
+) -> Array:
     """The gradient of a pair field.
 
     Few tiles (a short T) are split over runs of the batch so that the device is full:
@@ -123,7 +122,7 @@ def tiles(ops: Operands, cot: Cotangents, field: Field, call: Call, p: Plan) -> 
     out = launch(
         tiles_kernel,
         (cols, rows, b * h * runs),
-        (ops, cot),
+        (ops, cot, blocks),
         jax.ShapeDtypeStruct((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
         call,
         block,

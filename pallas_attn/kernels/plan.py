@@ -46,8 +46,13 @@ class Plan:
         return self.turn or not self.dense
 
 
-def plan(call: Call, sight: Sight, added: Added, wanted: Wanted) -> Plan:
-    """The plan of a call, from its bias' shape and from what is wanted."""
+def plan(
+    call: Call, sight: Sight, added: Added, wanted: Wanted, *, may_store: bool = True
+) -> Plan:
+    """The plan of a call, from its bias' shape and from what is wanted.
+
+    may_store: cols visits every block, so that it may write a dS that is the gradient.
+    """
     every = fields(added)
     full = [x for f, x in every.items() if span(added, f) == "qk"]
     sharing = [
@@ -81,7 +86,7 @@ def plan(call: Call, sight: Sight, added: Added, wanted: Wanted) -> Plan:
     own = tuple(
         f for f in pairs if others and is_identity(added, f) and every[f].shape == shape
     )
-    own = own if own and _as_wide(every[own[0]].dtype, call.dtype) else ()
+    own = own if may_store and own and _as_wide(every[own[0]].dtype, call.dtype) else ()
     return replace(
         forward,
         store=every[own[0]].dtype if own else None,

@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, NO_WEIGHT
-from pallas_attn.kernels.instructions import exp2
-from pallas_attn.kernels.operands import RowStats
-from pallas_attn.kernels.terms import parts
+from pallas_attn.kernels.terms import Field, on_tile, parts
 from pallas_attn.kernels.tile import Tile
-from pallas_attn.normalizers.softmax import exponent, LOG2E, score_gradient
+from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 
 
 f32 = jnp.float32
@@ -24,6 +23,28 @@ def dots(t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]) -> jax.Array:
     for a, b in zip(qs, ks, strict=True):
         s = (t.dot(b, a.T) if t.flip else t.dot(a, b.T)) + s
     return s
+
+
+def row_scores(
+    t: Tile, q: jax.Array, qs: list[Any], k: Any, added: Added, held: dict[Field, Any]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(x, row, visible): scores x + row in units of q.k, x = -inf where hidden.
+
+    q, qs: of the queries of the tile; k: the ref of all keys.
+    """
+    inverse = 1.0 / t.call.scale
+    several = len(added.terms) + len(added.products) > 1
+    x = dots(t, q, t.keys(k), qs, [t.keys(b) for _, b in added.products])
+    row, rest = parts(on_tile(added, t, held), t)
+    for r in weightless(rest, several):
+        # Not `+ r`: that would become the dot's accumulator, whose load Triton does
+        # not pipeline.
+        x = x - r * -inverse
+    visible = t.visible
+    if visible is not None:
+        x = jnp.where(visible, x, -jnp.inf)
+    row = jnp.broadcast_to(row * inverse, (t.bq, 1)).reshape(t.bq)
+    return x, t.seen_queries(visible, row), visible
 
 
 def weightless(rest: list[jax.Array], several: bool) -> list[jax.Array]:
@@ -56,9 +77,9 @@ def weights_and_ds(
     operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     factors: tuple[list[jax.Array], list[jax.Array]],
     terms: tuple[Any, ...],
-    stats: RowStats,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(P, dS, visible) of one tile, given its q, k, v, do.
+    stats: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """(P, U, dS, visible) of one tile, given its q, k, v, do: dS = U (dP - delta).
 
     With a full bias tile both dots are issued first, and its load is awaited while they
     run; without one, that would only cost registers.
@@ -72,22 +93,9 @@ def weights_and_ds(
     row, rest = parts(terms, t)
     rest = weightless(rest, len(terms) + len(factors[0]) > 1)
     dp = dp_dot() if any(r.shape == t.shape for r in rest) else None
-    mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
-    if stats.peak is None or stats.total is None:
-        e = s * mul
-        for r in rest:
-            e = e + r * LOG2E
-        e = e - (t.along_q(stats.lse) - row * LOG2E)
-    else:
-        for r in rest:
-            s = s - r * -inverse  # as the forward pass rounds it
-        base = t.along_q(stats.peak) - row * inverse
-        e = exponent(s, base, mul, large=True) - t.along_q(stats.total)
     visible = t.visible
-    if visible is not None:
-        e = jnp.where(visible, e, -jnp.inf)
-    p = exp2(t.call, e)
-    ds = score_gradient(p, dp_dot() if dp is None else dp, t.along_q(stats.delta))
+    p, u = stats.weights(t, s, row, rest, visible)
+    ds = score_gradient(u, dp_dot() if dp is None else dp, t.along_q(stats.delta))
     if visible is not None and t.sight.veiled:  # 0 * NaN of what nobody sees
         ds = jnp.where(visible, ds, 0.0)
-    return p, ds, visible
+    return p, u, ds, visible

@@ -371,6 +371,21 @@ def plain_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b)
 
 
+def load_where(at: Any, ok: jax.Array) -> jax.Array:
+    """Entries of a view of an array; 0 where not ok."""
+    return plgpu.load(at, mask=ok, other=0)
+
+
+def store_where(at: Any, x: jax.Array, ok: jax.Array) -> None:
+    """Write entries of a view of an array, where ok."""
+    plgpu.store(at, x.astype(at.dtype), mask=ok)
+
+
+def store_row(ref: Any, lead: tuple[Any, ...], x: jax.Array) -> None:
+    """Write all of ref[*lead, :], a power of two long."""
+    plgpu.store(ref.at[(*lead, pl.ds(lead[-1] * 0, x.shape[0]))], x.astype(ref.dtype))
+
+
 def load_number(ref: Any, index: tuple[Any, ...]) -> jax.Array:
     """One entry of an array, at traced indices."""
     return plgpu.load(ref.at[index])

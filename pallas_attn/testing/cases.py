@@ -1,4 +1,4 @@
-"""The table of cases: every bias and every situation, sampled from a key.
+"""The table of cases: every bias, situation and normalizer, sampled from a key.
 
 A new bias is one line in `BIASES`; every law then covers it.
 """
@@ -26,6 +26,8 @@ from pallas_attn.bias.base import (
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,36 @@ BIASES: dict[str, Callable[[Array, Shape], Any]] = {
 KINDS = [name for name in BIASES if "-" not in name]
 
 
+def learned(top_k: int | None = None) -> Callable[[Array, Shape], Entmax]:
+    """Samples an alpha per head, 1 among them."""
+
+    def sample(key: Array, s: Shape) -> Entmax:
+        alphas = jnp.array([1.0, 1.5, 1.2, 2.0], jnp.float32)
+        return Entmax(jnp.resize(alphas, (s.N,)), top_k)
+
+    return sample
+
+
+def _entmax(alpha: float, top_k: int | None = None) -> Callable[[Array, Shape], Entmax]:
+    return lambda key, s: Entmax(alpha, top_k)
+
+
+ALPHAS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0)
+TOP_K = (1, 3, 8, 33, 99)  # 99: more keys than there are
+
+# One line per normalizer: (key, shape) -> normalizer.
+NORMALIZERS: dict[str, Callable[[Array, Shape], Any]] = {
+    "softmax": lambda key, s: Softmax(),
+    **{f"entmax {alpha}": _entmax(alpha) for alpha in ALPHAS},
+    **{
+        f"entmax {alpha} top {k}": _entmax(alpha, k)
+        for alpha, k in itertools.product(ALPHAS, TOP_K)
+    },
+    "entmax learned": learned(),
+    "entmax learned top 8": learned(8),
+}
+
+
 def _mask(form: str) -> Callable[[Array, Shape], dict[str, Any]]:
     return lambda key, s: {"mask": jax.random.bernoulli(key, 0.7, s.sizes(form))}
 
@@ -316,10 +348,11 @@ class Sample:
     """One call: its arguments, sorted by what may be done to them.
 
     Args:
-        operands: The floating arrays, differentiated: query, key, value, bias, scale.
+        operands: The floating arrays, differentiated: query, key, value, bias, scale,
+            and the normalizer, which may hold an alpha.
         conditions: The arrays of integers and booleans.
         settings: Python values.
-        cotangents: Of the output and of the log-sum-exp.
+        cotangents: Of the output and of the residual.
     """
 
     operands: dict[str, Any]
@@ -335,10 +368,12 @@ class Case:
     bias: str
     situation: str = "full"
     shape: tuple[tuple[str, Any], ...] = ()
+    normalizer: str = "softmax"
 
     def __str__(self) -> str:
         changed = "".join(f", {name}={size}" for name, size in self.shape)
-        return f"{self.bias}, {self.situation}{changed}"
+        sparse = "" if self.normalizer == "softmax" else f"{self.normalizer}, "
+        return f"{sparse}{self.bias}, {self.situation}{changed}"
 
     def at(self, **sizes: Any) -> Case:
         """The same case with other sizes or another dtype."""
@@ -352,7 +387,8 @@ class Case:
     def sample(self, seed: int = 0) -> Sample:
         """Draws the arguments of the call."""
         s = self.sizes
-        keys = jax.random.split(jax.random.key(seed), 7)
+        first = jax.random.key(seed)
+        keys = jax.random.split(first, 7)
         draw = lambda place, *shape: normal(keys[place], *shape, dtype=s.dtype)
         arguments = {
             "query": draw(0, s.B, s.T, s.N, s.H),
@@ -361,6 +397,9 @@ class Case:
             "bias": BIASES[self.bias](keys[3], s),
             **SITUATIONS[self.situation].sample(keys[4], s),
         }
+        if self.normalizer != "softmax":
+            key = jax.random.fold_in(first, 7)
+            arguments["normalizer"] = NORMALIZERS[self.normalizer](key, s)
         cotangents = draw(5, s.B, s.T, s.N, s.h), normal(keys[6], s.B, s.T, s.N)
         return Sample(*_sorted(arguments), cotangents)
 

@@ -12,13 +12,16 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_attn.api import dot_product_attention
-from pallas_attn.bias.base import Added, as_bias, spread
+from pallas_attn.bias.base import as_bias, spread
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, resolve
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.reference import (
     attention as added_reference,
     co_alibi as contextual_reference,
+    entmax as sparse_reference,
 )
 from pallas_attn.testing.cases import Case, Sample
 from pallas_attn.testing.lowering import Kernel, lower
@@ -39,14 +42,21 @@ SMALL_CONTEXTUAL = Config(
     rows=Block(16, 16),
     cols=Block(32, 16),
 )
-
+# The passes of entmax share what is known of each block.
+SMALL_ENTMAX = Config(
+    forward=Block(32, 32),
+    rows=Block(32, 32),
+    cols=Block(32, 32),
+)
 
 # float32 laws hold at IEEE products: the default of a GPU is TF32.
 EXACT: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
 
 
-def small(bias: str) -> Config:
-    """The small blocks of a case with this bias, a name in `BIASES`."""
+def small(bias: str, normalizer: str = "softmax") -> Config:
+    """The small blocks of a case, by its names in `BIASES` and `NORMALIZERS`."""
+    if normalizer != "softmax":
+        return SMALL_ENTMAX
     return SMALL_CONTEXTUAL if bias.startswith("co_alibi") else SMALL
 
 
@@ -62,7 +72,7 @@ def implementations() -> tuple[str, ...]:
 
 
 def attention(settings: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    """(operands, conditions) -> (output, lse) of `dot_product_attention`.
+    """(operands, conditions) -> (output, residual) of `dot_product_attention`.
 
     Args:
         settings: Python arguments of the call, from a `Sample`.
@@ -123,9 +133,11 @@ def truth(sample: Sample, *, residual: bool = True) -> Any:
     return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
-def reference_of(bias: Added | CoALiBi) -> Any:
-    """The module of the reference that takes a bias as the fourth operand."""
-    return contextual_reference if isinstance(bias, CoALiBi) else added_reference
+def reference_of(operands: tuple[Any, ...]) -> Any:
+    """The module of the reference that takes these operands."""
+    if isinstance(operands[3], CoALiBi):
+        return contextual_reference
+    return sparse_reference if len(operands) == 7 else added_reference
 
 
 @functools.cache
@@ -146,18 +158,27 @@ def textbook(operands: dict[str, Any]) -> Any:
     """Causal attention as XLA computes it in the operands' own precision.
 
     As `jax.nn` writes it: products of 16-bit operands accumulated in float32, softmax
-    in float32, weights rounded before they meet the values. (`jax.nn` itself does not
-    run in float16 on a CPU.)
+    (or what `normalizer` says) in float32, weights rounded before they meet the values.
+    (`jax.nn` itself does not run in float16 on a CPU.)
     """
     query, value = operands["query"], operands["value"]
     value = jnp.repeat(value, query.shape[2] // value.shape[2], 2)
     scores, seen = _causal_scores(operands)
     t = jnp.where(seen, scores + causal_bias(operands), -jnp.inf)
-    weights = jax.nn.softmax(t, -1).astype(value.dtype)
+    weights = _weights(t, operands.get("normalizer", Softmax())).astype(value.dtype)
     out = jnp.einsum(
         "BNTS,BSNh->BTNh", weights, value, preferred_element_type=jnp.float32
     )
     return out.astype(query.dtype)
+
+
+def _weights(t: Array, normalizer: Softmax | Entmax) -> Array:
+    if isinstance(normalizer, Softmax):
+        return jax.nn.softmax(t, -1)
+    alpha = jnp.atleast_1d(jnp.asarray(normalizer.alpha, t.dtype))
+    kept = sparse_reference.largest(jax.lax.stop_gradient(t), normalizer.top_k)
+    t = jnp.where(kept, t, -jnp.inf)
+    return sparse_reference.entmax(t, spread("head", alpha))[0]
 
 
 def causal_bias(operands: dict[str, Any]) -> Array:

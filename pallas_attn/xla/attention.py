@@ -36,6 +36,18 @@ class Logits(NamedTuple):
 LogitsOf = Callable[[Array, Array, Added, Region], Logits]
 
 
+class Weights(NamedTuple):
+    """What a chunk's values are summed with, and what is made of the sums."""
+
+    e: Float[Array, "B N T S"]
+    output: Callable[[Array], Array]  # of e v, [B, N, T, h]
+    residual: Callable[[], Array]  # [B, N, T, 1]
+
+
+# (logits, -inf where not visible; the chunk's alpha, where there is one)
+WeightsOf = Callable[[Logits, Any], Weights]
+
+
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -45,15 +57,32 @@ def attend(
     call: Call,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.attention.attend`."""
-    return in_chunks(query, key, value, added, visibility, call, _sums)
+    return in_chunks(query, key, value, added, visibility, call, sums)
 
 
-def _sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
+def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
     """Scores with every term; each and their sum may leave a key weightless."""
     values = added.on(region)
     t = sum(values, scores)
     visible = functools.reduce(jnp.logical_and, map(weighty, (t, *values)), places)
     return Logits(t, visible)
+
+
+def softmax(logits: Logits, alpha: None) -> Weights:
+    """Weights relative to the largest of a row; their sum divides the output."""
+    t, _, shift = logits
+    m = lax.stop_gradient(t).max(3, keepdims=True)
+    m = jnp.where(m == -jnp.inf, 0, m)
+    e = jnp.exp(t - m)
+    l = e.sum(3, keepdims=True)
+    alive = l != 0  # of the largest score exp(0); NaN is alive
+    l = jnp.where(alive, l, 1)
+
+    return Weights(
+        e,
+        output=lambda o: jnp.where(alive, o / l, 0),
+        residual=lambda: jnp.where(alive, m + jnp.log(l) + shift, -jnp.inf),
+    )
 
 
 def in_chunks(
@@ -64,6 +93,8 @@ def in_chunks(
     visibility: Visibility,
     call: Call,
     logits: LogitsOf,
+    weights: WeightsOf = softmax,
+    alpha: Float[Array, "#B #N"] | None = None,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query, by logits that a chunk's scores and bias make.
 
@@ -93,6 +124,8 @@ def in_chunks(
                 small,
                 hides,
                 logits,
+                weights,
+                cut(alpha, "BN", place),
             )
 
         return lax.map(chunk, starts)
@@ -145,6 +178,8 @@ def _attend(
     call: Call,
     hides: bool,  # whether some key is seen by nobody
     logits: LogitsOf,
+    weights: WeightsOf,
+    alpha: Float[Array, "#B #N"] | None,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
     precision = call.precision
@@ -175,17 +210,11 @@ def _attend(
     t, visible, shift = logits(scores, places, added, region)
     t = jnp.where(visible, t, -jnp.inf)
 
-    m = lax.stop_gradient(t).max(3, keepdims=True)
-    m = jnp.where(m == -jnp.inf, 0, m)
-    e = jnp.exp(t - m)
-    l = e.sum(3, keepdims=True)
-    alive = l != 0  # of the largest score exp(0); NaN is alive
-    l = jnp.where(alive, l, 1)
+    e, output, residual = weights(Logits(t, visible, shift), alpha)
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
-    o = o.reshape(*pairs[:3], call.h)
-    o = jnp.where(alive, o / l, 0).astype(query.dtype)
-    lse = jnp.where(alive, m + jnp.log(l) + shift, -jnp.inf)
-    return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse[..., 0], 1, 2)
+    o = output(o.reshape(*pairs[:3], call.h)).astype(query.dtype)
+    of_rows = residual()
+    return jnp.swapaxes(o, 1, 2), jnp.swapaxes(of_rows[..., 0], 1, 2)
 
 
 def _by_key_head(places: Array, call: Call) -> Array:

@@ -17,15 +17,10 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.co_alibi.operands import Operands, Saved
-from pallas_attn.kernels.co_alibi.plan import (
-    key_runs,
-    key_tile,
-    Plan,
-    query_runs,
-    query_tile,
-)
+from pallas_attn.kernels.co_alibi.plan import key_tile, Plan, query_tile
 from pallas_attn.kernels.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
 from pallas_attn.kernels.instructions import exp2, uniform
+from pallas_attn.kernels.owner import key_runs, query_runs
 from pallas_attn.kernels.tile import (
     at_keys,
     at_queries,

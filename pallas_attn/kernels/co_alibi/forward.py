@@ -12,9 +12,10 @@ from jax import lax
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
 from pallas_attn.kernels.co_alibi.operands import Operands
-from pallas_attn.kernels.co_alibi.plan import key_runs, Plan, query_tile
+from pallas_attn.kernels.co_alibi.plan import Plan, query_tile
 from pallas_attn.kernels.co_alibi.scan import add, gates, Slope, Sums, Triangles
 from pallas_attn.kernels.instructions import exp2, uniform
+from pallas_attn.kernels.owner import key_runs
 from pallas_attn.kernels.ranges import covers
 from pallas_attn.kernels.scores import squared_norm
 from pallas_attn.kernels.tile import at_keys, store_number, Tile, zeros

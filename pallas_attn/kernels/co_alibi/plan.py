@@ -10,19 +10,9 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
-from pallas_attn.kernels import walk
 from pallas_attn.kernels.co_alibi.scan import exact
 from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.owner import frame_of
-from pallas_attn.kernels.ranges import (
-    covers,
-    cut_evenly,
-    keys_in_sight,
-    most,
-    queries_in_sight,
-    Runs,
-    runs,
-)
 from pallas_attn.kernels.tile import load_number, Tile
 from pallas_attn.kernels.visible import Sight
 
@@ -111,43 +101,6 @@ def key_tile(sight: Sight, call: Call, plan: Plan, start: Any) -> Tile:
 
 def _number(ref: Any, i: int) -> Any:
     return i32(0) if ref is None else load_number(ref, (i32(i),))
-
-
-def key_runs(t: Tile) -> Runs:
-    """The key blocks of a query block; all in the middle where arrays hide pairs."""
-    call = t.call
-    hull = walk.hull(call, t.sight, t.b, t.h, t.q0, t.bq, t.bk, by_key=False)
-    visited, whole = keys_in_sight(call, t.frame, t.q0, t.bq)
-    if t.sight.veiled:
-        return runs(t.bk, visited, visited, hull, low_edge=False, high_edge=False)
-    window = call.window is not None
-    edge = call.causal or window or _ragged(t)
-    return runs(t.bk, visited, whole, hull, low_edge=window, high_edge=edge)
-
-
-def query_runs(t: Tile) -> Runs:
-    """The query blocks of a key block; past the last query a row's weights are 0."""
-    call = t.call
-    hull = walk.hull(call, t.sight, t.b, t.h, t.k0, t.bk, t.bq, by_key=True)
-    visited, whole = queries_in_sight(call, t.frame, t.k0, t.bk)
-    if t.sight.veiled:
-        return runs(t.bq, visited, visited, hull, low_edge=False, high_edge=False)
-    window = call.window is not None
-    ragged = _ragged(t)
-    low_edge = call.causal or window or ragged
-    # Past the end of an array nothing is read; past a length there may be anything.
-    high_edge = window or not covers(t.frame.queries, call.T)
-    found = runs(t.bq, visited, whole, hull, low_edge=low_edge, high_edge=high_edge)
-    if not ragged:
-        return found
-    # A key block that the last key ends is masked everywhere.
-    lo = jnp.where(t.k0 + t.bk > t.frame.keys[1], i32(found.hi), i32(found.lo))
-    return Runs(found.first, most(found.lo, lo), found.hi, found.last)
-
-
-def _ragged(t: Tile) -> bool:
-    """Whether a key block may have keys that nobody sees at its end."""
-    return not cut_evenly(t.frame.keys, t.call.S, t.bk)
 
 
 def _shipped(call: Call) -> tuple[Block, Block, Block]:

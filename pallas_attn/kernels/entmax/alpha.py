@@ -1,0 +1,57 @@
+"""The gradient of a learned alpha: one more pass over the blocks with weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.call import Call
+from pallas_attn.kernels.entmax.operands import Cotangents
+from pallas_attn.kernels.entmax.support import Support
+from pallas_attn.kernels.operands import Operands
+from pallas_attn.kernels.owner import query_tile
+from pallas_attn.kernels.plan import Plan
+from pallas_attn.kernels.scores import row_scores
+from pallas_attn.kernels.terms import hold
+from pallas_attn.kernels.tile import Tile
+from pallas_attn.normalizers.entmax import Learned
+
+
+f32 = jnp.float32
+
+
+def alpha_kernel(
+    ops: Operands,
+    cot: Cotangents,
+    support: Support,
+    out: Any,
+    *,
+    call: Call,
+    plan: Plan,
+) -> None:
+    """The sum of p h (dP - delta) over the keys of each row, h = dlog p / dalpha.
+
+    h moves alpha and leaves m + L where it is; that sum p stays 1 adds a multiple of u
+    to it, which meets dP - delta and is 0.
+    """
+    t0 = query_tile(ops.sight, call, plan, "rows")
+    q = t0.rows(ops.q)
+    qs = [t0.rows(a) for a, _ in ops.added.products]
+    held = hold(ops.added, t0, ("", "q"))
+    do, stats = t0.rows(cot.do), cot.of_rows(t0)
+    power = stats.power
+    assert isinstance(power, Learned)
+
+    def add(t: Tile, total: jax.Array) -> jax.Array:
+        x, row, visible = row_scores(t, q, qs, ops.k, ops.added, held)
+        v = t.seen_keys(visible, t.keys(ops.v))
+        m, level = (stats.m - row)[:, None], stats.level[:, None]
+        by_alpha = power.by_alpha(x, m, level, call.scale)
+        beyond = t.dot(do, v.T) - stats.delta[:, None]
+        return total + jnp.sum(jnp.where(by_alpha == 0, 0.0, by_alpha * beyond), 1)
+
+    nothing = jnp.zeros((t0.bq,), f32)
+    total, _ = support.over_keys(t0, ops, held, None, plan, add, nothing)
+    t0.put_stat(out, jnp.where(stats.some, total, 0.0))

@@ -1,0 +1,159 @@
+"""Which way a call goes: over tiles, or through lists of keys.
+
+Lists hold the keys with weight of every query. With a top_k they always fit. Without
+one they do where supports are short, which long rows of many scores mostly have: the
+device looks, and takes the tiles where some row's does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_attn.bias.base import Added
+from pallas_attn.call import Call, Visibility
+from pallas_attn.kernels.attention import collected, Made, reduced
+from pallas_attn.kernels.columns import with_columns
+from pallas_attn.kernels.entmax import dense, lists
+from pallas_attn.kernels.entmax.blocks import settled
+from pallas_attn.kernels.entmax.operands import Dense, Residuals
+from pallas_attn.kernels.operands import Operands, Wanted
+from pallas_attn.kernels.plan import Plan, plan
+from pallas_attn.kernels.visible import sight
+from pallas_attn.normalizers.entmax import Learned, Power
+
+
+f32 = jnp.float32
+
+# From so many keys on, plain entmax looks whether its supports are short.
+LONG = 8192
+
+
+def prepared(
+    query: Array,
+    key: Array,
+    value: Array,
+    added: Added,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[Operands, Call]:
+    """The operands of the passes, and the call with its blocks."""
+    if not 1e-6 < call.scale < 1e6:  # scores in units of q.k would leave float32
+        query = (query.astype(f32) * call.scale).astype(query.dtype)
+        call = replace(call, scale=1.0)
+    return Operands(query, key, value, added, sight(call, visibility)), settled(call)
+
+
+def forward(
+    ops: Operands, alpha: Any, call: Call, wanted: Wanted, *, wants_alpha: bool
+) -> tuple[tuple[Array, Array], Residuals]:
+    """((output, tau), residuals)."""
+    factors = ops.added.products
+    added, places = with_columns(ops.added, call)
+    ops = replace(ops, added=added)
+    wanted = replace(
+        wanted,
+        a=tuple(places[i] for i in wanted.a),
+        b=tuple(places[i] for i in wanted.b),
+        places=places,
+    )
+    p = plan(call, ops.sight, added, wanted, may_store=False)
+    found = tiles = None
+    if call.top_k is None and not _may_list(call, p):
+        o, tiles = dense.forward(ops, alpha, call, p)
+        m, level = tiles.m, tiles.level
+    else:
+        found = lists.select(ops, alpha, call, p)
+        o, m, level, tiles = _taken(ops, alpha, found, call, p)
+    tau = _threshold_of(alpha, m, level, call)
+    res = Residuals(
+        ops, factors, alpha, m, level, tiles, found, wanted, wants_alpha=wants_alpha
+    )
+    return (o, tau), res
+
+
+def _may_list(call: Call, p: Plan) -> bool:
+    """Whether plain entmax tries lists; a bound leaves few blocks of tiles anyway."""
+    sharp = call.alpha is not None and call.alpha >= 1.5
+    return call.S >= LONG and sharp and not p.pruned
+
+
+def _taken(
+    ops: Operands, alpha: Any, found: lists.Lists, call: Call, p: Plan
+) -> tuple[Array, Array, Array, Dense | None]:
+    """(output, m, level, what tiles leave) by lists; by tiles if they do not fit."""
+
+    def by_lists() -> tuple[Array, Array, Array]:
+        return lists.output(found, ops.v, ops.sight, call), found.m, found.level
+
+    if call.top_k is not None:
+        return *by_lists(), None
+
+    def by_tiles() -> tuple[Array, Array, Array, Dense]:
+        o, tiles = dense.forward(ops, alpha, call, p)
+        return o, tiles.m, tiles.level, tiles
+
+    blank = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(by_tiles)[3]
+    )
+    return lax.cond(found.fits, lambda: (*by_lists(), blank), by_tiles)
+
+
+def backward(
+    res: Residuals, do: Array, dtau: Array | None, call: Call
+) -> tuple[Operands, Array | None]:
+    """The gradient of every operand and of alpha; None where nobody asked."""
+    p = plan(call, res.ops.sight, res.ops.added, res.wanted, may_store=False)
+    a, empty = _a(res.alpha, call), res.m == jnp.inf
+    total = None
+    if dtau is not None:
+        # The residual where alpha is 1 is the log-sum-exp, which no factor a divides.
+        dtau = jnp.where(empty, 0.0, dtau)
+        total = dtau * jnp.where(a == 0, 1.0, a)
+
+    def by_tiles() -> Any:
+        assert res.dense is not None
+        return dense.backward(res, res.dense, do, dtau, total, call, p)
+
+    def by_lists() -> Any:
+        made = lists.backward(
+            res.ops,
+            res.alpha,
+            res.lists,
+            do,
+            dtau,
+            res.wanted,
+            call,
+            p,
+            wants_alpha=res.wants_alpha,
+        )
+        made_ = Made(made["rows"], made["cols"], made["pairs"], total)
+        return collected(res, made_, p, call), made.get("alpha")
+
+    if res.lists is None:
+        grads, by_alpha = by_tiles()
+    elif res.dense is None:
+        grads, by_alpha = by_lists()
+    else:
+        grads, by_alpha = lax.cond(res.lists.fits, by_lists, by_tiles)
+    if by_alpha is None:
+        return grads, None
+    return grads, reduced(by_alpha.sum(2), res.alpha, (0, 1))
+
+
+def _threshold_of(alpha: Any, m: Array, level: Array, call: Call) -> Array:
+    a = _a(alpha, call)
+    power = Learned(a) if call.alpha is None or a == 0 else Power(a)
+    tau = power.threshold(m * call.scale, level)
+    is_lse = jnp.asarray(a == 0)
+    return jnp.where(m == jnp.inf, jnp.where(is_lse, -jnp.inf, jnp.inf), tau)
+
+
+def _a(alpha: Any, call: Call) -> Any:
+    """Minus 1, alpha: a number, or [#B, #N, 1]."""
+    return alpha[..., None] - 1 if call.alpha is None else call.alpha - 1

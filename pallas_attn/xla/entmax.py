@@ -1,0 +1,184 @@
+"""Entmax chunk by chunk: the chunks, masks and logits of `xla.attention`.
+
+A chunk holds every key that its queries may attend to, so that their thresholds are
+found within it: by Newton's method on whole rows, each of whose steps is one pass over
+the chunk's scores. Its derivative is that of `reference.entmax`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_attn.bias.base import Added
+from pallas_attn.call import Call, Visibility
+from pallas_attn.normalizers.entmax import newton, Power
+from pallas_attn.reference.entmax import (
+    exponents,
+    largest,
+    lowered,
+    residual_of,
+    residual_of_nothing,
+    slopes,
+    weights_below,
+    with_derivative,
+)
+from pallas_attn.xla.attention import in_chunks, Logits, sums, Weights
+
+
+# Below this alpha - 1 the power 1 / (alpha - 1) takes too many digits of its base.
+LEAST_POWER = 0.1
+
+# Newton's method goes on while a row's sum is above 1 by more than rounding and falls.
+# Rows take 2 to 10 steps.
+MOST_STEPS = 64
+ROUNDINGS = 4
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    alpha: Float[Array, "#B #N"] | None,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Attention of every query; the function of `reference.entmax.attend`."""
+    weights = functools.partial(_entmax, call=call)
+    return in_chunks(
+        query, key, value, added, visibility, call, sums, weights, alpha=alpha
+    )
+
+
+def sparsity_shares(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K h"],
+    added: Added,
+    alpha: Float[Array, "#B #N"] | None,
+    visibility: Visibility,
+    call: Call,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """The shares of visible pairs without weight, and of skipped blocks: none."""
+    wide = replace(call, h=1)
+    query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
+    one = value[..., :1]
+    weights = functools.partial(_counted, call=wide)
+    zero, visible = in_chunks(
+        query, key, one, added, visibility, wide, sums, weights, alpha=alpha
+    )
+    zero, visible = (x.sum(1, dtype=jnp.float32) for x in (zero[..., 0], visible))
+    return zero / jnp.maximum(visible, 1), jnp.zeros_like(zero)
+
+
+def _entmax(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
+    """The weights p of a chunk and its residual."""
+    p, residual = _solved(logits, alpha, call)
+    alive = logits.visible.any(3, keepdims=True)
+    return Weights(p, lambda o: jnp.where(alive, o, 0), lambda: residual)
+
+
+def _counted(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
+    """For the output, a row's visible keys of weight 0; for its residual, all of them.
+
+    A row has at most 2^24 keys: float32 counts them.
+    """
+    p, _ = _solved(logits, alpha, call)
+    count = lambda x: x.sum(3, keepdims=True, dtype=p.dtype)
+    zero, visible = count(logits.visible & (p == 0)), count(logits.visible)
+    return Weights(p, lambda o: zero, lambda: visible)
+
+
+def _solved(
+    logits: Logits, alpha: Array | None, call: Call
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
+    t = jnp.where(largest(lax.stop_gradient(logits.t), call.top_k), logits.t, -jnp.inf)
+    solve = functools.partial(_by_newton, static=call.alpha)
+    return with_derivative(solve)(t, exponents(alpha, call))
+
+
+def _by_newton(
+    t: Array, alpha: Array, *, static: float | None
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
+    """The weights of a row and its residual, from the largest weight 1 down.
+
+    In a scan that is differentiated twice JAX inlines a function that has a derivative
+    of its own, and differentiates what it finds. The search is no part of that, but the
+    last step is: a step of Newton's method at the root has the root's derivative.
+    """
+    fixed = lax.stop_gradient((t, alpha - 1))
+    m = fixed[0].max(3, keepdims=True)
+    base = jnp.where(m == -jnp.inf, 0, m)
+    close = 1 + ROUNDINGS * float(jnp.finfo(t.dtype).eps)
+
+    def power_of(a: Array) -> Power | Smooth:
+        if static is not None and static - 1 >= LEAST_POWER:
+            return Power(static - 1)
+        return Smooth(a)
+
+    def weights(t: Array, a: Array, level: Array) -> tuple[Array, Array]:
+        """(p, u), 0 off the support in each derivative too."""
+        power = power_of(a)
+        gap = jnp.exp(a * level) if isinstance(power, Smooth) else level
+        under = lax.stop_gradient(a * (t - base) + gap) <= 0
+        hidden = under | (t == -jnp.inf)
+        p, u = power.weights(jnp.where(hidden, base, t), base, level, 1.0)
+        return jnp.where(hidden, 0, p), jnp.where(hidden, 0, u)
+
+    def lowering(t: Array, a: Array, level: Array) -> tuple[Array, Array]:
+        p, u = (x.sum(3, keepdims=True) for x in weights(t, a, level))
+        return newton(a, p, u), p
+
+    def searching(state: tuple[Array, ...]) -> Array:
+        count, _, _, falling = state
+        return (count < MOST_STEPS) & falling.any()
+
+    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        count, level, before, falling = state
+        by, total = lowering(*fixed, level)
+        falling &= (total > close) & (total < before)
+        level = power_of(fixed[1]).lowered(level, jnp.where(falling, by, 0))
+        return count + 1, level, total, falling
+
+    first = jnp.zeros_like(base + fixed[1]) + power_of(fixed[1]).level_of(1.0)
+    start = (jnp.int32(0), first, first + jnp.inf, first == first)
+    level = lax.while_loop(searching, step, start)[1]
+
+    a = alpha - 1
+    last, _ = lowering(t, a, level)
+    level = power_of(a).lowered(level, jnp.where(m == -jnp.inf, 0, last))
+    p, _ = weights(t, a, level)
+    residual = power_of(a).threshold(base, level)
+    return p, jnp.where(m == -jnp.inf, residual_of_nothing(a), residual)
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """What `Power` is, of any alpha in [1, 2]; `level` is the log of the largest."""
+
+    a: Array
+
+    def level_of(self, weight: float) -> float:
+        """The level at which the largest weight of a row is this."""
+        return math.log(weight)
+
+    def lowered(self, level: Array, step: Array) -> Array:
+        """The level after all scores have moved down by a step."""
+        return lowered(level, step, self.a)
+
+    def threshold(self, m: Array, level: Array) -> Array:
+        """The threshold, of the largest score and the level; lse where a is 0."""
+        return residual_of(m, level, self.a)
+
+    def weights(
+        self, x: Array, m: Array, level: Array, scale: float
+    ) -> tuple[Array, Array]:
+        """(p, u) of scores x, the largest of a row m, both in units of 1 / scale."""
+        p = weights_below((x - m) * scale, level, self.a)
+        return p, slopes(p, self.a)

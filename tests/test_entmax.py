@@ -1,0 +1,524 @@
+"""What the formulas of entmax and top-k say beyond the table of cases.
+
+Samples are generic: where a score equals the threshold exactly, sparsemax has two
+derivatives, and float32 may be on the other side of it than float64.
+"""
+
+import dataclasses
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pallas_attn import dot_product_attention, Entmax, Softmax, sparsity
+from pallas_attn.canonical import canonical
+from pallas_attn.reference.entmax import entmax, largest
+from pallas_attn.testing.cases import ALPHAS, Case, normal, NORMALIZERS, TOP_K
+from pallas_attn.testing.evaluate import (
+    attention,
+    EXACT,
+    gradients,
+    implementations,
+    kernel_implementation,
+    reference_of,
+    SMALL_ENTMAX,
+    textbook,
+    true_gradients,
+    truth,
+    with_gradients,
+)
+from pallas_attn.testing.numerics import (
+    assert_formula,
+    assert_rounding,
+    assert_same_bits,
+    assert_zero,
+    GRADIENT_RATIO,
+    OUTPUT_RATIO,
+)
+from pallas_attn.xla import chunks
+
+
+everywhere = pytest.mark.parametrize("implementation", implementations())
+everywhere_and_dense = pytest.mark.parametrize(
+    "implementation", [*implementations(), "reference"]
+)
+alphas = pytest.mark.parametrize("alpha", ALPHAS)
+
+SPARSE = [name for name in NORMALIZERS if name != "softmax"]
+MET_BIASES = ("none", "alibi", "dense-1NTS", "factored", "sum", "saturating", "dense")
+MET_SITUATIONS = (
+    "causal",
+    "full",
+    "causal lengths GQA",
+    "mask BNTS",
+    "positions shuffled",
+    "segments",
+    "window",
+    "all at once",
+    "bottom-right",
+    "lengths",
+    "empty rows",
+)
+# every alpha with every top_k
+WIDE = [
+    Case(bias, situation, (), normalizer)
+    for normalizer, bias, situation in zip(
+        SPARSE, itertools.cycle(MET_BIASES), itertools.cycle(MET_SITUATIONS)
+    )
+]
+# every alpha, every top_k, every bias and every situation
+NARROW = [
+    Case(bias, situation, (), normalizer)
+    for normalizer, bias, situation in [
+        ("entmax 1.5", "none", "causal"),
+        ("entmax 1.5", "dense-1NTS", "full"),
+        ("entmax 2.0", "alibi", "causal lengths GQA"),
+        ("entmax 1.25", "factored", "mask BNTS"),
+        ("entmax 1.1", "sum", "positions shuffled"),
+        ("entmax 1.75", "saturating", "segments"),
+        ("entmax learned", "alibi", "all at once"),
+        ("entmax learned", "none", "empty rows"),
+        ("entmax 1.0 top 8", "none", "lengths"),
+        ("entmax 1.5 top 3", "alibi", "causal"),
+        ("entmax 2.0 top 33", "dense", "window"),
+        ("entmax 1.75 top 1", "factored", "bottom-right"),
+        ("entmax 1.25 top 99", "none", "all at once"),
+        ("entmax learned top 8", "sum", "causal lengths GQA"),
+    ]
+]
+# the residual has a cotangent in every other case
+PLACED = [
+    *((case, place % 2 == 0, "xla") for place, case in enumerate(WIDE)),
+    *((x, place % 2 == 1, kernel_implementation()) for place, x in enumerate(NARROW)),
+]
+
+
+def options(implementation) -> dict:
+    return {"implementation": implementation, "config": SMALL_ENTMAX, **EXACT}
+
+
+def with_operands(sample, **operands):
+    return dataclasses.replace(sample, operands={**sample.operands, **operands})
+
+
+def weights_of(scores, normalizer, implementation):
+    """(P [T, S], residual [T]) of logits: those of a bias, and the values are eye."""
+    rows, cols = scores.shape
+    zero = lambda n: jnp.zeros((n, 1, 16), scores.dtype)
+    output, residual = dot_product_attention(
+        zero(rows),
+        zero(cols),
+        jnp.eye(cols, dtype=scores.dtype)[:, None, :],
+        scores,
+        normalizer=normalizer,
+        return_residual=True,
+        **options(implementation),
+    )
+    return output[:, 0], residual[:, 0]
+
+
+def in_numpy(scores, alpha, top_k):
+    """(P, tau) of rows in float64, by a stable sort and a bisected threshold."""
+    scores = np.asarray(scores, np.float64)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1)
+    kept = rank < (scores.shape[1] if top_k is None else top_k)
+    a = alpha - 1
+    if a == 0:
+        e = np.where(kept, np.exp(scores), 0)
+        return e / e.sum(1, keepdims=True), np.log(e.sum(1))
+    x = np.where(kept, a * scores, -np.inf)
+    high = x.max(1)
+    low = high - 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        total = (np.maximum(x - middle[:, None], 0) ** (1 / a)).sum(1)
+        low = np.where(total >= 1, middle, low)
+        high = np.where(total < 1, middle, high)
+    return np.maximum(x - low[:, None], 0) ** (1 / a), low
+
+
+@pytest.mark.parametrize(("case", "residual", "implementation"), PLACED, ids=str)
+def test_values_and_every_gradient(case, residual, implementation):
+    sample = case.sample()
+    got = gradients(sample, residual=residual, **options(implementation))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got[1], sample.operands)
+    assert_formula(got, true_gradients(case, residual))
+
+
+@pytest.mark.parametrize("top_k", [None, *TOP_K])
+@alphas
+def test_the_reference_is_the_definition(alpha, top_k):
+    """Of scores on a grid too: of equal ones the first are kept."""
+    drawn = np.random.default_rng(0).normal(size=(40, 53)) * 2
+    for scores in (drawn, 0.3 * np.round(drawn)):
+        with jax.enable_x64(True):
+            normalizer = Entmax(alpha, top_k)
+            got = weights_of(jnp.asarray(scores), normalizer, "reference")
+        assert_formula(got, in_numpy(scores, alpha, top_k))
+        np.testing.assert_array_equal(
+            np.asarray(got[0]) == 0, in_numpy(scores, alpha, top_k)[0] == 0
+        )
+
+
+@pytest.mark.parametrize("situation", ["full", "empty rows", "all at once"])
+@pytest.mark.parametrize(
+    "normalizer",
+    ["entmax 1.1", "entmax 1.5 top 8", "entmax 2.0", "entmax 1.0 top 3"]
+    + ["entmax learned", "entmax learned top 8"],
+)
+def test_the_written_backward_is_the_derivative(normalizer, situation):
+    """In float64, with cotangents of the output and of the residual."""
+    case = Case("sum", situation, (), normalizer)
+    sample, want = case.sample(), true_gradients(case)
+    with jax.enable_x64(True):
+        wide = lambda x: x.astype(np.float64)
+        operands, cotangents = jax.tree.map(wide, (sample.operands, sample.cotangents))
+
+        def written(operands):
+            given = canonical(
+                **{**NOTHING, **sample.conditions, **sample.settings, **operands}
+            )
+            reference = reference_of(given.operands)
+            return reference.attend_with_written_backward(*given.operands)
+
+        found, pullback = jax.vjp(jax.jit(written), operands)
+        assert_formula((found, pullback(cotangents)[0]), want)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("normalizer", "bias"),
+    [
+        ("entmax 1.5", "none"),
+        ("entmax 2.0", "dense-1NTS"),
+        ("entmax 1.5 top 8", "alibi"),
+        ("entmax learned", "factored"),
+    ],
+)
+def test_16_bits_round_like_xla(normalizer, bias, dtype, implementation):
+    case = Case(bias, "causal", (), normalizer).at(dtype=dtype)
+    sample = case.sample()
+    how = {"implementation": implementation, "config": SMALL_ENTMAX}
+    (output, _), got = gradients(sample, residual=False, **how)
+    chex.assert_trees_all_equal_dtypes(got, sample.operands)
+
+    @jax.jit
+    def pull(operands, do):
+        found, pullback = jax.vjp(textbook, operands)
+        return found, pullback(do)[0]
+
+    peer, theirs = pull(sample.operands, sample.cotangents[0])
+    (true, _), want = true_gradients(case, False)
+    assert_rounding(output, peer, true, OUTPUT_RATIO)
+    assert_rounding(got, theirs, want, GRADIENT_RATIO)
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize(
+    "normalizer", [Entmax(1.0), Entmax(1), Entmax(1.0, 53), Entmax(1.0, 99)], ids=repr
+)
+def test_alpha_of_1_is_softmax(normalizer, implementation):
+    sample = Case("alibi", "causal").sample()
+    got = gradients(
+        with_operands(sample, normalizer=normalizer), **options(implementation)
+    )
+    del got[1]["normalizer"]
+    softmax = with_gradients(
+        {**sample.settings, "normalizer": Softmax()}, **options(implementation)
+    )
+    want = jax.jit(softmax)(sample.operands, sample.conditions, sample.cotangents)
+    assert_same_bits(got, want)
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize("spread", [0.3, 1.0, 5.0])
+def test_alpha_of_2_is_the_projection_onto_the_simplex(spread, implementation):
+    scores = spread * normal(jax.random.key(0), 20, 37)
+    got, _ = weights_of(scores, Entmax(2.0), implementation)
+    project = lambda row: optax.projections.projection_simplex(row)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        want = jnp.stack([project(row) for row in scores])
+    assert_formula(got, want)
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize(
+    ("normalizer", "weights", "tau"),
+    [
+        (Entmax(1.5), [0.433888, 0.066927, 0.370518, 0, 0.128667], -0.158702),
+        (Entmax(2.0), [0.55, 0, 0.45, 0, 0], 0.45),
+        (Entmax(1.5, 3), [0.460911, 0, 0.395521, 0, 0.143568], None),
+    ],
+    ids=repr,
+)
+def test_rows_to_check_by_eye(normalizer, weights, tau, implementation):
+    scores = jnp.array([[1, 0.2, 0.9, -1.5, 0.4]])
+    got, residual = weights_of(scores, normalizer, implementation)
+    # written with six digits
+    assert np.abs(got[0] - np.float32(weights)).max() <= 1e-6
+    assert tau is None or abs(residual[0] - tau) <= 1e-6
+
+
+ROWS = {
+    "flat": lambda x: 0 * x,
+    "peaked": lambda x: x.at[:, 5].add(60.0),
+    "tied": lambda x: 0.3 * jnp.round(x),
+    "huge": lambda x: 1e4 * x,
+    "tiny": lambda x: 1e-4 * x,
+    "far from 0": lambda x: x - 300.0,
+}
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize(
+    "normalizer",
+    ["entmax 1.1", "entmax 1.25", "entmax 1.5", "entmax 1.75", "entmax 2.0"]
+    + ["entmax learned", "entmax 1.5 top 8", "entmax 2.0 top 3"],
+)
+def test_weights_of_any_row_add_up_to_1(normalizer, implementation):
+    s = Case("none").at(N=4, K=1, T=16).sizes
+    keys = jax.random.split(jax.random.key(3), len(ROWS))
+    for make, key in zip(ROWS.values(), keys, strict=True):
+        rows = make(normal(key, s.T, s.S))[None].at[:, 7].set(-jnp.inf)
+        output, residual = dot_product_attention(
+            jnp.zeros((s.T, s.N, s.H)),
+            jnp.zeros((s.S, s.K, s.H)),
+            jnp.ones((s.S, s.K, 1)),
+            rows,
+            normalizer=NORMALIZERS[normalizer](key, s),
+            return_residual=True,
+            **options(implementation),
+        )
+        alive = np.arange(s.T) != 7
+        assert np.abs(output[alive] - 1).max() <= 1e-5
+        assert np.isfinite(residual[alive]).all()
+        assert_zero(output[~alive])
+        assert np.isinf(residual[~alive]).all()
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "normalizer", ["entmax 1.5", "entmax 2.0", "entmax 1.5 top 8", "entmax learned"]
+)
+def test_tied_scores(normalizer, implementation):
+    """Scores on a grid of 0.15, of which no threshold of sparsemax is a point."""
+    sample = Case("none", "causal", (), normalizer).sample()
+    query, key = (jnp.round(sample.operands[x]) for x in ("query", "key"))
+    tied = dataclasses.replace(
+        with_operands(sample, query=query, key=key),
+        settings={**sample.settings, "scale": 0.15},
+    )
+    assert_formula(gradients(tied, **options(implementation)), truth(tied))
+
+
+@everywhere
+@pytest.mark.parametrize("factor", [0.01, 9.0])
+@pytest.mark.parametrize(
+    "normalizer", ["entmax 1.25", "entmax 1.5", "entmax 2.0", "entmax 1.5 top 8"]
+)
+def test_scores_of_any_size(normalizer, factor, implementation):
+    sample = Case("none", "causal lengths GQA", (), normalizer).sample()
+    sample = with_operands(sample, query=sample.operands["query"] * factor)
+    assert_formula(gradients(sample, **options(implementation)), truth(sample))
+
+
+@everywhere
+def test_a_learned_alpha_is_a_static_one(implementation):
+    sample = Case("alibi", "causal", (), "entmax 1.5").sample()
+    learned = with_operands(sample, normalizer=Entmax(jnp.full(2, 1.5)))
+    got = gradients(learned, **options(implementation))
+    del got[1]["normalizer"]
+    want = true_gradients(Case("alibi", "causal", (), "entmax 1.5"))
+    del want[1]["normalizer"]
+    assert_formula(got, want)
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+@pytest.mark.parametrize("alpha", [1.0, 1.0 + 1e-9, 1.01, 1.1, 1.5, 1.9])
+def test_the_derivative_by_alpha_is_that_of_differences(alpha, top_k):
+    """Of the weights and of tau; at 1 the residual is another function, without one."""
+    with jax.enable_x64(True):
+        t = 2 * jax.random.normal(jax.random.key(0), (30, 53), jnp.float64)
+        t = jnp.where(largest(t, top_k), t, -jnp.inf)
+        at = lambda alpha: entmax(t, jnp.full((1, 1), alpha))
+        step, of_tau = 1e-5, None
+        if alpha - 1 < step:  # one-sided, of the same order
+            (x, _), (y, _), (z, _) = (at(alpha + i * step) for i in range(3))
+            want = (4 * y - 3 * x - z) / (2 * step)
+        else:
+            ends = at(alpha + step), at(alpha - step)
+            want, of_tau = ((x - y) / (2 * step) for x, y in zip(*ends, strict=True))
+        one = jnp.ones((), jnp.float64)
+        _, (got, dtau) = jax.jvp(at, (alpha * one,), (one,))
+        assert jnp.abs(got - want).max() < 1e-6
+        if of_tau is not None:
+            assert jnp.abs(dtau - of_tau).max() < 1e-6
+        elif alpha == 1:
+            assert_zero(dtau)
+
+
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+@pytest.mark.parametrize("situation", ["causal", "lengths"])
+def test_forward_mode_and_second_order(situation, normalizer, small_chunks):
+    """The jvp, and the product of the Hessian of a loss with a vector."""
+    case = Case("alibi", situation, (), normalizer)
+    sample, tangents = case.sample(), case.sample(1).operands
+    do, _ = sample.cotangents
+
+    def derivatives(implementation):
+        attend = attention(sample.settings, implementation=implementation, **EXACT)
+        f = lambda x: attend(x, sample.conditions)[0]
+        loss = lambda x: (f(x) ** 2 * do).sum()
+        along = jax.jvp(f, (sample.operands,), (tangents,))
+        curvature = jax.jvp(jax.grad(loss), (sample.operands,), (tangents,))[1]
+        return along, curvature
+
+    got = jax.jit(lambda: derivatives("xla"))()
+    assert_formula(got, jax.jit(lambda: derivatives("reference"))())
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """One sequence and at most 8 rows a chunk: several chunks in a ragged case."""
+    for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
+        monkeypatch.setattr(chunks, name, value)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+@pytest.mark.parametrize(
+    "situation", ["causal lengths GQA", "all at once", "positions per head"]
+)
+def test_chunks_are_the_whole(situation, normalizer):
+    case = Case("sum", situation, (), normalizer)
+    assert_formula(gradients(case.sample(), **options("xla")), true_gradients(case))
+
+
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+def test_float64_is_float64(normalizer):
+    """To its own rounding: far below that of float32."""
+    case = Case("alibi", "all at once", (), normalizer)
+    sample, want = case.sample(), true_gradients(case)
+    with jax.enable_x64(True):
+        wide = lambda x: x.astype(np.float64)
+        operands, cotangents = jax.tree.map(wide, (sample.operands, sample.cotangents))
+        evaluate = with_gradients(sample.settings, implementation="xla", **EXACT)
+        got = jax.jit(evaluate)(operands, sample.conditions, cotangents)
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(got))
+        scale = lambda tree: jax.tree.map(lambda x: 1e5 * np.asarray(x), tree)
+        apart = jax.tree.map(lambda x, y: x - y, *map(finite, (got, want)))
+        assert_formula(jax.tree.map(np.add, finite(want), scale(apart)), finite(want))
+
+
+def finite(tree):
+    """A tree with what is infinite (tau of empty rows) as 0."""
+    return jax.tree.map(lambda x: np.where(np.isfinite(x), x, 0), tree)
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
+def test_nan_where_nobody_looks(normalizer, implementation):
+    """In hidden keys and values, in queries and cotangents of empty rows."""
+    sample = Case("alibi", "full", (), normalizer).at(S=61).sample()
+    hidden, empty = jnp.arange(61) % 3 == 1, jnp.arange(37) % 5 == 2
+    mask = (~hidden[None, :] & ~empty[:, None])[None, None]
+    poison = lambda where, x: jnp.where(where[:, None, None], jnp.nan, x)
+    do, dtau = sample.cotangents
+    clean = dataclasses.replace(sample, conditions={"mask": mask})
+    poisoned = dataclasses.replace(
+        with_operands(
+            clean,
+            query=poison(empty, sample.operands["query"]),
+            key=poison(hidden, sample.operands["key"]),
+            value=poison(hidden, sample.operands["value"]),
+        ),
+        cotangents=(poison(empty, do), poison(empty, dtau[..., None])[..., 0]),
+    )
+    got = gradients(poisoned, **options(implementation))
+    chex.assert_tree_all_finite((got[0][0], got[1]))
+    assert_formula(got, truth(clean))
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 1.5 top 3"])
+def test_nan_in_a_visible_place_shows(normalizer, implementation):
+    sample = Case("none", "causal", (), normalizer).at(T=40, S=40).sample()
+    bad = with_operands(sample, key=sample.operands["key"].at[:, 20].set(jnp.nan))
+    f = jax.jit(attention(sample.settings, **options(implementation)))
+    output, _ = f(bad.operands, bad.conditions)
+    assert np.isnan(output[:, 20:]).all()
+    assert np.isfinite(output[:, :20]).all()
+
+
+@everywhere
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+def test_twice_the_same_bits(normalizer, implementation):
+    sample = Case("sum", "causal lengths GQA", (), normalizer).sample()
+    evaluate = jax.jit(with_gradients(sample.settings, **options(implementation)))
+    arguments = (sample.operands, sample.conditions, sample.cotangents)
+    assert_same_bits(evaluate(*arguments), evaluate(*arguments))
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize(
+    "normalizer", ["entmax 1.5", "entmax 2.0 top 8", "entmax learned", "softmax"]
+)
+def test_sparsity_counts_zeros_among_visible_pairs(normalizer, implementation):
+    case = Case("none", "causal", (), normalizer).at(B=1, T=37, S=37, h=37)
+    eye = jnp.broadcast_to(jnp.eye(37)[None, :, None, :], (1, 37, 2, 37))
+    sample = with_operands(case.sample(), value=eye)
+    given = {**sample.operands, **sample.settings}
+    shares = sparsity(**given, **options(implementation))
+    for share in shares:
+        assert share.shape == (1, 2)
+        assert share.dtype == jnp.float32
+        assert ((share >= 0) & (share <= 1)).all()
+    if normalizer == "softmax":
+        return assert_zero(shares)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(np.float64), sample.operands)
+        weights = np.asarray(
+            dot_product_attention(**wide, **sample.settings, implementation="reference")
+        )
+    visible = np.tril(np.ones((37, 37), bool))[None, :, None]
+    zero = ((weights == 0) & visible).sum((1, 3)) / visible.sum()
+    assert_formula(shares.zero_weights, zero)
+    if implementation in ("xla", "reference"):
+        assert_zero(shares.skipped_blocks)
+
+
+@everywhere_and_dense
+def test_tau_says_which_keys_have_weight(implementation):
+    scores = normal(jax.random.key(4), 20, 37)
+    weights, tau = weights_of(scores, Entmax(1.5), implementation)
+    z = jnp.maximum(0.5 * scores - tau[:, None], 0)
+    assert_formula(z**2, weights)
+    np.testing.assert_array_equal(z > 0, weights > 0)
+
+
+# what `canonical` needs beside the operands, conditions and settings of a sample
+NOTHING = {
+    "bias": None,
+    "mask": None,
+    "scale": None,
+    "is_causal": False,
+    "query_seq_lengths": None,
+    "key_value_seq_lengths": None,
+    "local_window_size": None,
+    "query_offset": 0,
+    "query_positions": None,
+    "key_positions": None,
+    "query_segment_ids": None,
+    "key_segment_ids": None,
+    "logits_soft_cap": None,
+    "dropout_rate": 0.0,
+    "precision": None,
+    "implementation": "reference",
+    "config": None,
+}
