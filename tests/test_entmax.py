@@ -14,8 +14,17 @@ import numpy as np
 import optax
 import pytest
 
-from pallas_attn import dot_product_attention, Entmax, Softmax, sparsity
+from pallas_attn import (
+    ALiBi,
+    dot_product_attention,
+    Entmax,
+    Softmax,
+    sparsity,
+    visited,
+)
 from pallas_attn.canonical import canonical
+from pallas_attn.kernels.entmax import choice, lists
+from pallas_attn.kernels.operands import Wanted
 from pallas_attn.reference.entmax import entmax, largest
 from pallas_attn.testing.cases import ALPHAS, Case, normal, NORMALIZERS, TOP_K
 from pallas_attn.testing.evaluate import (
@@ -491,6 +500,42 @@ def test_sparsity_counts_zeros_among_visible_pairs(normalizer, implementation):
     assert_formula(shares.zero_weights, zero)
     if implementation in ("xla", "reference"):
         assert_zero(shares.skipped_blocks)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(fits, monkeypatch):
+    """The device chooses between two ways to the same numbers, forward and backward."""
+    monkeypatch.setattr(choice, "LONG", 1)
+    monkeypatch.setattr(lists, "MEAN", 40 if fits else 1)
+    case = Case("dense-1NTS", "causal lengths GQA", (), "entmax 1.5")
+    sample = case.sample()
+    got = gradients(sample, **options(kernel_implementation()))
+    assert_formula(got, true_gradients(case))
+    given = canonical(
+        **{**NOTHING, "implementation": kernel_implementation()}
+        | {"config": SMALL_ENTMAX}
+        | sample.operands
+        | sample.conditions
+        | sample.settings
+    )
+    ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
+    _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
+    assert bool(found.lists.fits) == fits
+
+
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 1.5 top 3"])
+def test_visited_and_sparsity_count_the_same_blocks(normalizer):
+    sample = Case("alibi", "causal", (), normalizer).at(B=1, T=150, S=150).sample()
+    steep = ALiBi(jnp.array([2.0, 0.01]))
+    given = {**sample.operands, "bias": steep, **sample.settings}
+    given |= options(kernel_implementation())
+    skipped = sparsity(**given).skipped_blocks
+    found = visited(**given)
+    assert_formula(found.rows, 1 - skipped)
+    assert_formula(found.cols, 1 - skipped)
+    # steep slopes leave the blocks on the diagonal and those beside it
+    assert skipped[0, 0] > 0.3
+    assert (found.forward >= found.rows - 1e-6).all()
 
 
 @everywhere_and_dense

@@ -50,6 +50,20 @@ SHIPPED = [
     ),
 ]
 
+SHIPPED += [
+    Case(bias, "causal", (), normalizer).at(**SIZES, H=H, h=H, dtype=dtype)
+    for normalizer, bias, dtype, heads in [
+        ("entmax 1.5", "none", "bfloat16", (64, 128, 256)),
+        ("entmax 1.5", "alibi", "bfloat16", (64,)),
+        ("entmax 1.5", "dense-1NTS", "bfloat16", (64,)),
+        ("entmax 1.1", "none", "float32", (64,)),
+        ("entmax learned", "none", "bfloat16", (64,)),
+        ("entmax 1.5 top 33", "none", "bfloat16", (64, 128)),
+        ("entmax 1.5 top 33", "sum", "bfloat16", (64,)),
+    ]
+    for H in heads
+]
+
 # Choices that spill more than SPILLS and are shipped all the same: bytes seen, by case
 # and (architecture, kernel). On an H200 (sm_90) bfloat16 blocks were chosen by the
 # clock; on the other architectures the same blocks are not tuned.
@@ -105,7 +119,9 @@ def compiles(test):
 
 def named(case):
     sizes = case.sizes
-    return f"{case.bias}, {case.situation}, T{sizes.T} H{sizes.H} {sizes.dtype}"
+    sparse = "" if case.normalizer == "softmax" else f"{case.normalizer}, "
+    name = f"{case.bias}, {case.situation}, T{sizes.T} H{sizes.H} {sizes.dtype}"
+    return sparse + name
 
 
 @functools.cache
@@ -120,6 +136,35 @@ def test_every_case_lowers(case):
     names = {kernel.name for kernel in lowered(case, config=small(case.bias))}
     assert "forward_kernel" in names
     assert {"rows_kernel", "cols_kernel"} & names
+
+
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+@pytest.mark.parametrize(
+    ("bias", "situation"),
+    [
+        ("none", "full"),
+        ("sum", "all at once"),
+        ("saturating", "positions shuffled"),
+        ("dense", "causal lengths GQA"),
+        ("alibi", "empty rows"),
+    ],
+)
+def test_entmax_lowers(bias, situation, normalizer):
+    case = Case(bias, situation, (), normalizer)
+    names = {kernel.name for kernel in lowered(case, config=small(bias, normalizer))}
+    if "top" in normalizer:
+        assert {"list_candidates_kernel", "list_cols_kernel"} <= names
+    else:
+        assert {"slots_kernel", "output_kernel", "rows_kernel", "cols_kernel"} <= names
+
+
+def test_both_ways_of_long_entmax_lower():
+    sizes = {"B": 1, "T": 8192, "S": 8192, "dtype": "bfloat16"}
+    names = {
+        k.name for k in lowered(Case("none", "causal", (), "entmax 1.5").at(**sizes))
+    }
+    assert {"list_candidates_kernel", "list_cols_kernel"} <= names
+    assert {"slots_kernel", "output_kernel", "rows_kernel", "cols_kernel"} <= names
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -72,12 +72,14 @@ def backward(
     if not res.wants_alpha:
         return grads, None
     still = res.alpha[..., None] == 1  # the log-sum-exp does not know alpha
-    if share is not None:
+    expected = total
+    if total is not None and share is not None:
         cot = replace(cot, delta=delta + jnp.where(still, share, 0.0))
+        expected = jnp.where(still, 0.0, total)
     rows = launch(
         alpha_kernel,
         grid_of(call, p, "rows").shape,
-        (res.ops, cot, support),
+        (res.ops, cot, expected, support),
         jax.ShapeDtypeStruct(saved.m.shape, f32),
         call,
         block_of(call, p, "rows"),

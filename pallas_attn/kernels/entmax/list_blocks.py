@@ -14,7 +14,7 @@ from pallas_attn.kernels.plan import block_of, Plan
 
 
 # Numbers of a row that a program has in flight at a time.
-AHEAD = 2
+AHEAD = 4
 
 
 def capacity(k: int) -> int:
@@ -40,12 +40,15 @@ def keys_of_word(block_k: int) -> int:
 
 def gather_block(widest: int) -> Block:
     """Of the passes that gather vectors for the queries of a program."""
-    return Block(max(4, min(16, 1024 // widest)), AHEAD, 2, 2)
+    return Block(max(2, min(8, 512 // widest)), AHEAD, 1, 2)
 
 
 def select_block(length: int) -> Block:
-    """Of the pass that holds whole lists in registers."""
-    return Block(max(1, 1024 // length), length, max(2, min(16, length // 512)), 1)
+    """Of the pass that holds whole lists in registers: few, so that many programs run.
+
+    They are chains of short steps that wait for each other.
+    """
+    return Block(max(1, 128 // length), length, max(1, min(16, length // 512)), 1)
 
 
 def cols_block(call: Call, widest: int, exact: bool) -> Block:

@@ -21,7 +21,6 @@ from pallas_attn.kernels.entmax.list_blocks import keys_of_word
 from pallas_attn.kernels.entmax.list_pairs import row_tile, scatter_listed
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.slots import fill, slot_level, Slots
-from pallas_attn.kernels.entmax.support import WORD
 from pallas_attn.kernels.entmax.sweep import Sweep, sweep_of
 from pallas_attn.kernels.instructions import uniform
 from pallas_attn.kernels.operands import Operands
@@ -49,7 +48,7 @@ Scores = Callable[[Tile], jax.Array]
 Take = Callable[[jax.Array, Tile], jax.Array]
 
 
-def candidates_kernel(
+def list_candidates_kernel(
     ops: Operands,
     alpha: Any,
     norms: Any,
@@ -153,50 +152,35 @@ def collect(
     out: dict[str, Any],
     within: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Append each row's words that are not 0 to its list, in key order.
+    """Append to each row's list the words of the blocks that have some, in key order.
 
-    A word is 32 keys, or a smaller block. Those of 32 key blocks, an epoch, stay in
-    registers until they are appended. Returns how many words and keys each row has,
-    stored or not.
+    A word is 32 keys, or a smaller block; a block's words stay together. Returns how
+    many words and keys each row has, stored or not.
 
     within: the range of key blocks that can have any; None: all.
     """
-    call, bq, bk = t0.call, t0.bq, t0.bk
-    runs, size = key_runs(t0), keys_of_word(bk)
+    bq, bk = t0.bq, t0.bk
+    size = keys_of_word(bk)
     per = bk // size
-    first, last = i32(runs.first), i32(runs.last)
-    if within is not None:
-        first = jnp.maximum(first, within[0])
-        last = jnp.maximum(jnp.minimum(last, within[1]), first)
     bit = i32(1) << (jnp.arange(bk, dtype=i32) % size)
-    place = jnp.arange(WORD * per, dtype=i32)
-    block = jnp.arange(WORD, dtype=i32)[None, :, None]
-    exists = (t0.q0 + jnp.arange(bq, dtype=i32) < call.T)[:, None]
+    place = jnp.arange(per, dtype=i32)[None, :]
+    exists = (t0.q0 + jnp.arange(bq, dtype=i32) < t0.call.T)[:, None]
 
-    def mark(t: Tile, words: jax.Array) -> jax.Array:
-        bits = jnp.where(take(scores(t), t), bit[None, :], 0)
-        new = jnp.sum(bits.reshape(bq, per, size), 2, dtype=i32)
-        return jnp.where(block == t.k0 // i32(bk) % WORD, new[:, None, :], words)
-
-    def of_epoch(epoch: Any, state: Any) -> Any:
+    def append(t: Tile, state: Any) -> Any:
         count, keys = state
-        lo = jnp.maximum(epoch * WORD, first)
-        hi = jnp.maximum(jnp.minimum(epoch * WORD + WORD, last), lo)
-        words = jnp.zeros((bq, WORD, per), i32)
-        words = in_order(t0, runs, (lo, hi), mark, words).reshape(bq, WORD * per)
-        on = (words != 0).astype(i32)
-        to = count[:, None] + jnp.cumsum(on, 1, dtype=i32) - 1
-        ok = exists & (on > 0) & (to < out["words"].shape[-1])
+        bits = jnp.where(take(scores(t), t), bit[None, :], 0)
+        words = jnp.sum(bits.reshape(bq, per, size), 2, dtype=i32)
+        some = jnp.max((words != 0).astype(i32), 1)
+        to = count[:, None] + place
+        ok = exists & (some[:, None] > 0) & (to < out["words"].shape[-1])
         scatter_listed(t0, out["words"], to, words, ok)
-        number = jnp.broadcast_to((epoch * (WORD * per) + place)[None, :], ok.shape)
+        number = jnp.broadcast_to(t.k0 // i32(size) + place, ok.shape)
         scatter_listed(t0, out["numbers"], to, number, ok)
         more = jnp.sum(lax.population_count(words), 1, dtype=i32)
-        return count + jnp.sum(on, 1, dtype=i32), keys + more
+        return count + some * per, keys + more
 
     nothing = jnp.zeros((bq,), i32)
-    return lax.fori_loop(
-        first // WORD, (last + (WORD - 1)) // WORD, of_epoch, (nothing, nothing)
-    )
+    return in_order(t0, key_runs(t0), within, append, (nothing, nothing))
 
 
 def stored(t0: Tile, words: jax.Array, out: dict[str, Any]) -> jax.Array:
@@ -229,7 +213,7 @@ def _side(t: Tile) -> int:
     return 1 if t.call.causal and not t.frame.placed else 0
 
 
-def overflow_kernel(
+def list_overflow_kernel(
     ops: Operands,
     stats: dict[str, Any],
     _: Any,

@@ -62,7 +62,7 @@ def _vectors(t0: Tile, ref: Any) -> jax.Array:
     return jnp.zeros((t0.bq, t0.bk, width_of(ref)), f32)
 
 
-def output_kernel(
+def list_output_kernel(
     lists: Any, v: Any, sight: Sight, out: Any, *, call: Call, cut: Block
 ) -> None:
     """The output: sum p v."""
@@ -75,7 +75,7 @@ def output_kernel(
     t0.put_rows(out, jnp.sum(over_lists(t0, lists, add, _vectors(t0, v)), 1))
 
 
-def delta_kernel(
+def list_delta_kernel(
     lists: Any,
     v: Any,
     do: Any,
@@ -145,7 +145,7 @@ def _residual_by_score(a: Any) -> Any:
     return jnp.where(a == 0, 1.0, a)
 
 
-def rows_kernel(
+def list_rows_kernel(
     ops: Operands,
     lists: Any,
     stats: dict[str, Any],
@@ -198,7 +198,7 @@ def rows_kernel(
         t0.put_stat(out["fields"][f], y)
 
 
-def cols_kernel(
+def list_cols_kernel(
     ops: Operands,
     do: Any,
     entries: dict[str, Any],

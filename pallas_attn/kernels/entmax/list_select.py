@@ -34,7 +34,7 @@ CLOSE = 3e-7
 MOST_STEPS = 24
 
 
-def scores_kernel(
+def list_scores_kernel(
     ops: Operands,
     words: dict[str, Any],
     out: dict[str, Any],
@@ -94,7 +94,7 @@ def scores_kernel(
     t0.put_stat(out["row"], score(Pairs.of(t0, none.astype(i32), none))[1])
 
 
-def select_kernel(
+def list_select_kernel(
     scores: dict[str, Any],
     start: Any,
     alpha: Any,

@@ -27,17 +27,20 @@ from pallas_attn.kernels.entmax.list_blocks import (
     sweep_block,
 )
 from pallas_attn.kernels.entmax.list_candidates import (
-    candidates_kernel,
-    overflow_kernel,
+    list_candidates_kernel,
+    list_overflow_kernel,
 )
 from pallas_attn.kernels.entmax.list_pairs import row_grid, width_of
 from pallas_attn.kernels.entmax.list_passes import (
-    cols_kernel,
-    delta_kernel,
-    output_kernel,
-    rows_kernel,
+    list_cols_kernel,
+    list_delta_kernel,
+    list_output_kernel,
+    list_rows_kernel,
 )
-from pallas_attn.kernels.entmax.list_select import scores_kernel, select_kernel
+from pallas_attn.kernels.entmax.list_select import (
+    list_scores_kernel,
+    list_select_kernel,
+)
 from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.passes import columns_of, norms
@@ -49,8 +52,8 @@ from pallas_attn.kernels.visible import Sight
 f32 = jnp.float32
 i32 = jnp.int32
 
-# Keys that a row of plain entmax may have in a list.
-SHORT = 64
+# Keys that a row of plain entmax may have in a list, and that rows have on average.
+SHORT, MEAN = 128, 40
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +86,7 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
         )
     words = candidates(ops, alpha, length, call, p)
     scores = _run(
-        scores_kernel,
+        list_scores_kernel,
         (ops, {name: words[name] for name in ("words", "numbers", "count")}),
         {
             "x": _per_row(call, f32, length),
@@ -97,7 +100,7 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
     )
     width = length if call.top_k is None else call.top_k
     out = _run(
-        select_kernel,
+        list_select_kernel,
         (scores, words["level"], alpha, ops.sight),
         {
             "keys": _per_row(call, i32, width),
@@ -110,7 +113,10 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
         call,
         select_block(length),
     )
-    fits = jnp.all(words["keys"] <= length) if call.top_k is None else jnp.array(True)
+    fits = jnp.array(True)
+    if call.top_k is None:
+        room = MEAN * call.B * call.N * call.T
+        fits = jnp.all(words["keys"] <= length) & (out["count"].sum(dtype=i32) <= room)
     return Lists(**out, fits=fits)
 
 
@@ -121,9 +127,10 @@ def candidates(
     if call.alpha == 1.0:  # nothing is without weight: no bound rules a block out
         p = replace(p, pruned=False)
     block = sweep_block(call, p)
+    words = length * (block.block_k // keys_of_word(block.block_k))
     lists = {
-        "words": _per_row(call, i32, length),
-        "numbers": _per_row(call, i32, length),
+        "words": _per_row(call, i32, words),
+        "numbers": _per_row(call, i32, words),
         "count": _per_row(call, i32),
     }
     rows = {
@@ -133,12 +140,14 @@ def candidates(
         "keys": _per_row(call, i32),
     }
     inputs = (ops, alpha, norms(ops, call, p))
-    out = _run(candidates_kernel, inputs, lists | rows, call, block, plan=p)
+    out = _run(list_candidates_kernel, inputs, lists | rows, call, block, plan=p)
     if call.top_k is None:
         return out
     stats = {name: out[name] for name in ("m", "bound", "keys")}
     into = {name: out[name] for name in lists}
-    redone = _run(overflow_kernel, (ops, stats), lists, call, block, into=into, plan=p)
+    redone = _run(
+        list_overflow_kernel, (ops, stats), lists, call, block, into=into, plan=p
+    )
     return redone | {name: out[name] for name in ("keys", "level")}
 
 
@@ -148,7 +157,7 @@ def output(
     """The output, in the dtype of the values."""
     shape = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), v.dtype)
     block = gather_block(width_of(v))
-    return _run(output_kernel, (_refs(lists), v, sight), shape, call, block)
+    return _run(list_output_kernel, (_refs(lists), v, sight), shape, call, block)
 
 
 def backward(
@@ -213,7 +222,7 @@ def _delta(
     if wants_alpha:
         outputs["alpha"] = _per_row(call, f32)
     inputs = (_refs(lists), ops.v, do, dtau, alpha, ops.sight)
-    return _run(delta_kernel, inputs, outputs, call, gather_block(width_of(ops.v)))
+    return _run(list_delta_kernel, inputs, outputs, call, gather_block(width_of(ops.v)))
 
 
 def _rows(
@@ -237,7 +246,7 @@ def _rows(
         outputs["dq"] = like(ops.q)
     inputs = (ops, _refs(lists), {x: stats[x] for x in ("dp", "delta")})
     block = gather_block(_widest(ops))
-    return _run(rows_kernel, inputs, outputs, call, block, plan=p)
+    return _run(list_rows_kernel, inputs, outputs, call, block, plan=p)
 
 
 def _cols(
@@ -264,7 +273,7 @@ def _cols(
         outputs["dv"] = like(ops.v)
     flat = {name: x.reshape(-1) for name, x in entries.items()}
     return launch(
-        cols_kernel,
+        list_cols_kernel,
         (pl.cdiv(call.S, block.block_k), call.K, call.B),
         (ops, do, flat, order, starts),
         outputs,
@@ -285,15 +294,33 @@ def by_key_block(
     """
     blocks = pl.cdiv(call.S, block_k)
     runs = call.B * call.N * blocks
-    batch = jnp.arange(call.B, dtype=i32)[:, None, None, None]
-    head = jnp.arange(call.N, dtype=i32)[None, :, None, None]
-    first = (batch * call.K + head // call.G) * blocks
-    run = (first + lists.keys // block_k) * call.G + head % call.G
-    exists = lax.broadcasted_iota(i32, run.shape, 3) < lists.count[..., None]
-    run = jnp.where(exists, run, runs).reshape(-1)
-    run, order = lax.sort((run, lax.iota(i32, run.size)), num_keys=1, is_stable=True)
+    place, exists = _entries(lists, call)
+    row = place // lists.keys.shape[-1]
+    head = row // call.T % call.N
+    first = (row // (call.T * call.N) * call.K + head // call.G) * blocks
+    key = lists.keys.reshape(-1).at[place].get(mode="promise_in_bounds")
+    run = jnp.where(exists, (first + key // block_k) * call.G + head % call.G, runs)
+    run, order = lax.sort((run, place), num_keys=1, is_stable=True)
     every = jnp.arange(runs + 1, dtype=i32)
     return order, jnp.searchsorted(run, every, method="scan_unrolled").astype(i32)
+
+
+def _entries(lists: Lists, call: Call) -> tuple[Array, Array]:
+    """Places in the flat lists that hold every entry, and which of them exist.
+
+    Lists of plain entmax are mostly room: their entries are counted off.
+    """
+    width = lists.keys.shape[-1]
+    rows = call.B * call.N * call.T
+    if call.top_k is not None:
+        place = lax.iota(i32, rows * width)
+        return place, place % width < jnp.repeat(lists.count.reshape(-1), width)
+    count = lists.count.reshape(-1)
+    end = jnp.cumsum(count, dtype=i32)
+    place = lax.iota(i32, MEAN * rows)
+    row = jnp.repeat(lax.iota(i32, rows), count, total_repeat_length=MEAN * rows)
+    entry = place - (end - count)[row]
+    return row * width + jnp.minimum(entry, width - 1), place < end[-1]
 
 
 def _spread(g: Array, lists: Lists, x: Array, call: Call) -> Array:
