@@ -105,9 +105,35 @@ SPILLING = {
         (80, "rows"): 2396,
         (100, "forward"): 76,
     },
+    "entmax 1.5, none, causal, T1024 H64 bfloat16": {(80, "output"): 136},
+    "entmax 1.5, none, causal, T1024 H128 bfloat16": {
+        (90, "output"): 1104,  # the fastest of those timed
+        (80, "output"): 1792,
+        (100, "output"): 1056,
+        (100, "cols"): 320,
+    },
+    "entmax 1.5, alibi, causal, T1024 H64 bfloat16": {(80, "cols"): 92},
+    "entmax 1.5, dense-1NTS, causal, T1024 H64 bfloat16": {
+        (90, "output"): 88,  # the fastest of those timed
+        (80, "output"): 344,
+        (100, "output"): 480,
+    },
+    "entmax learned, none, causal, T1024 H64 bfloat16": {
+        (80, "output"): 128,
+        (100, "output"): 408,
+    },
+    # returns at once where no row has more candidates than its list holds
+    "entmax 1.5 top 33, sum, causal, T1024 H64 bfloat16": {
+        (80, "list_overflow"): 144,
+        (100, "list_overflow"): 784,
+    },
     # every kind of mask at once: 8 bytes over the limit, and not timed
     "none, all at once, T1024 H64 bfloat16": {(90, "cols"): 72},
 }
+
+# Kernels in which ptxas waits for each product before it issues the next, shipped all
+# the same: the fastest of those timed.
+SERIALISED = {("entmax 1.5, dense-1NTS, causal, T1024 H64 bfloat16", 90, "rows")}
 
 
 def compiles(test):
@@ -181,13 +207,14 @@ def test_a_shipped_choice_fits(case, arch):
     known = SPILLING.get(named(case), {})
     for kernel in lowered(case, arch):
         record = compile_kernel(kernel, arch)
+        name = record.name.removesuffix("_kernel")
         found = f"{record.name}, {record.num_warps} warps, {record.num_stages} stages"
-        seen = known.get((arch, record.name.removesuffix("_kernel")), 0)
+        seen = known.get((arch, name), 0)
         if record.spills > max(SPILLS, seen):
             excess.append(f"{found}: spills {record.spills} bytes")
         if record.shared > SHARED_LIMIT[arch]:
             excess.append(f"{found}: {record.shared} bytes of shared memory")
-        if record.serialised:
+        if record.serialised and (named(case), arch, name) not in SERIALISED:
             excess.append(f"{found}: serialised wgmma")
     assert not excess, "\n".join([f"sm_{arch}, {triton_version()}:", *excess])
 

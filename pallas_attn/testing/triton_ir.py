@@ -79,7 +79,8 @@ def loaded_in_loops(ttgir: str) -> frozenset[int]:
             r"(%\w+) = tt\.load .*?: tensor<\d+x\d+x!tt\.ptr", ttgir
         )
     }
-    loads = [x for x in table.values() if x.looped and x.result in tiles]
+    # names are told apart within a function only, and there may be several
+    loads = [x for x in table.values() if x.looped and x.result in tiles and x.operands]
     return _arguments(ttgir, table, loads)
 
 

@@ -98,7 +98,9 @@ def _counted(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
 def _solved(
     logits: Logits, alpha: Array | None, call: Call
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
-    t = jnp.where(largest(lax.stop_gradient(logits.t), call.top_k), logits.t, -jnp.inf)
+    # Scores computed twice may round twice: the k-th is compared with itself.
+    once = lax.optimization_barrier(lax.stop_gradient(logits.t))
+    t = jnp.where(largest(once, call.top_k), logits.t, -jnp.inf)
     solve = functools.partial(_by_newton, static=call.alpha)
     return with_derivative(solve)(t, exponents(alpha, call))
 

@@ -57,6 +57,7 @@ def cols_block(call: Call, widest: int, exact: bool) -> Block:
         return Block(16, 32, 8, 1) if exact else Block(32, 32, 8, 1)
     if exact:
         return Block(32, 32, 4, 1)
-    if call.dtype == "float32" or widest > 64:
-        return Block(32, 64, 4, 2)
-    return Block(64, 64, 4, 3)
+    if call.dtype == "float32":
+        return Block(32, 32, 4, 1)
+    # One stage: with more, ptxas waits for each product.
+    return Block(64, 32, 4, 1)
