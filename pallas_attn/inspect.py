@@ -31,6 +31,8 @@ CASES = {
     "dense per key": Case("dense-B11S", "full"),
     "Co-ALiBi": Case("co_alibi", "causal"),
     "own tile": Case("saturating", "causal"),
+    "entmax": Case("none", "causal", (), "entmax 1.5"),
+    "entmax top 33": Case("none", "causal", (), "entmax 1.5 top 33"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = (

@@ -5,6 +5,7 @@ derivatives, and float32 may be on the other side of it than float64.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import chex
@@ -536,6 +537,32 @@ def test_visited_and_sparsity_count_the_same_blocks(normalizer):
     # steep slopes leave the blocks on the diagonal and those beside it
     assert skipped[0, 0] > 0.3
     assert (found.forward >= found.rows - 1e-6).all()
+
+
+@everywhere
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
+def test_transformations_mean_what_they_say(normalizer, implementation):
+    """A map over batch entries, a checkpoint and a scan over layers: the same sums."""
+    sample = Case("alibi", "causal", (), normalizer).at(T=20, S=33).sample()
+    bias, sparse = sample.operands["bias"], sample.operands["normalizer"]
+    operands = tuple(sample.operands[name] for name in ("query", "key", "value"))
+
+    def attend(q, k, v, sparse):
+        return dot_product_attention(
+            q, k, v, bias, is_causal=True, normalizer=sparse, **options(implementation)
+        )
+
+    def layers(attend, q, k, v, sparse):
+        body = lambda x, _: (x + attend(x, k, v, sparse), None)
+        return jnp.sum(jax.lax.scan(body, q, None, length=2)[0] ** 2)
+
+    def gradient(attend):
+        by_operands = jax.grad(functools.partial(layers, attend), (0, 1, 2, 3))
+        return jax.jit(by_operands)(*operands, sparse)
+
+    plain = gradient(attend)
+    assert_same_bits(gradient(jax.checkpoint(attend)), plain)
+    assert_formula(gradient(jax.vmap(attend, (0, 0, 0, None))), plain)
 
 
 @everywhere_and_dense

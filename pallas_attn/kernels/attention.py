@@ -107,20 +107,25 @@ def _forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, lse), residuals)."""
     factors = ops.added.products
+    ops, wanted = columned(ops, wanted, call)
+    p = plan(call, ops.sight, ops.added, wanted)
+    out = passes.forward(ops, passes.norms(ops, call, p), call, p)
+    lse = out["lse"]
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    residuals = Residuals(ops, factors, wanted=wanted, **out)
+    return (residuals.o, natural), residuals
+
+
+def columned(ops: Operands, wanted: Wanted, call: Call) -> tuple[Operands, Wanted]:
+    """The operands with products as columns, and which columns' gradients are asked."""
     added, places = with_columns(ops.added, call)
-    ops = replace(ops, added=added)
     wanted = replace(
         wanted,
         a=tuple(places[i] for i in wanted.a),
         b=tuple(places[i] for i in wanted.b),
         places=places,
     )
-    p = plan(call, ops.sight, added, wanted)
-    out = passes.forward(ops, passes.norms(ops, call, p), call, p)
-    lse = out["lse"]
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
-    residuals = Residuals(ops, factors, wanted=wanted, **out)
-    return (residuals.o, natural), residuals
+    return replace(ops, added=added), wanted
 
 
 def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Operands:

@@ -16,7 +16,7 @@ moves the threshold in that L, in which alpha = 1 (softmax) is the limit and no 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,12 +69,20 @@ def _flatten(x: Entmax) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (x.alpha,), (None, x.top_k)
 
 
-def _unflatten(static: tuple[Any, ...], data: tuple[Any, ...]) -> Entmax:
+def _unflatten(static: tuple[Any, ...], data: Iterable[Any]) -> Entmax:
     alpha, top_k = static
-    return Entmax(data[0] if data else alpha, top_k)
+    return Entmax(next(iter(data), alpha), top_k)
 
 
-jax.tree_util.register_pytree_node(Entmax, _flatten, _unflatten)
+def _flatten_with_keys(x: Entmax) -> tuple[Any, tuple[Any, ...]]:
+    data, static = _flatten(x)
+    key = jax.tree_util.GetAttrKey("alpha")
+    return tuple((key, leaf) for leaf in data), static
+
+
+jax.tree_util.register_pytree_with_keys(
+    Entmax, _flatten_with_keys, _unflatten, _flatten
+)
 
 
 class Functions(NamedTuple):

@@ -17,8 +17,7 @@ from jaxtyping import Array
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, Visibility
-from pallas_attn.kernels.attention import collected, Made, reduced
-from pallas_attn.kernels.columns import with_columns
+from pallas_attn.kernels.attention import collected, columned, Made, reduced
 from pallas_attn.kernels.entmax import dense, lists
 from pallas_attn.kernels.entmax.blocks import settled
 from pallas_attn.kernels.entmax.operands import Dense, Residuals
@@ -30,8 +29,10 @@ from pallas_attn.normalizers.entmax import Learned, Power
 
 f32 = jnp.float32
 
-# From so many keys on, plain entmax looks whether its supports are short.
+# From so many keys on, plain entmax looks whether its supports are short: where their
+# lists, numbers for each key of a row, are no larger than this.
 LONG = 8192
+LIST_BYTES, KEY_BYTES = 2**32, 24
 
 
 def prepared(
@@ -54,15 +55,8 @@ def forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, tau), residuals)."""
     factors = ops.added.products
-    added, places = with_columns(ops.added, call)
-    ops = replace(ops, added=added)
-    wanted = replace(
-        wanted,
-        a=tuple(places[i] for i in wanted.a),
-        b=tuple(places[i] for i in wanted.b),
-        places=places,
-    )
-    p = plan(call, ops.sight, added, wanted, may_store=False)
+    ops, wanted = columned(ops, wanted, call)
+    p = plan(call, ops.sight, ops.added, wanted, may_store=False)
     found = tiles = None
     if call.top_k is None and not _may_list(call, p):
         o, tiles = dense.forward(ops, alpha, call, p)
@@ -80,7 +74,8 @@ def forward(
 def _may_list(call: Call, p: Plan) -> bool:
     """Whether plain entmax tries lists; a bound leaves few blocks of tiles anyway."""
     sharp = call.alpha is not None and call.alpha >= 1.5
-    return call.S >= LONG and sharp and not p.pruned
+    size = call.B * call.N * call.T * lists.SHORT * KEY_BYTES
+    return call.S >= LONG and sharp and not p.pruned and size <= LIST_BYTES
 
 
 def _taken(
