@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias
-from pallas_attn.canonical import canonical
+from pallas_attn.canonical import Canonical, canonical
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
 from pallas_attn.implementations import attend_of, sparsity_of, visited_of
@@ -28,7 +28,19 @@ class Visited(NamedTuple):
 
 
 class Sparsity(NamedTuple):
-    """What weights of exactly 0 save, float32 [*B, N] each, between 0 and 1."""
+    """What weights of exactly 0 save, float32 [*B, N] each, between 0 and 1.
+
+    Args:
+        zero_weights: [*B, N], the share of visible pairs whose weight is 0.
+        skipped_blocks: [*B, N], the share of visible blocks that kernels leave out.
+
+    >>> import jax, pallas_attn
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+    >>> sparse = pallas_attn.Entmax(1.5, top_k=4)
+    >>> shares = pallas_attn.sparsity(q, k, v, normalizer=sparse)
+    >>> bool((shares.zero_weights >= 93 / 97 - 1e-6).all())
+    True
+    """
 
     zero_weights: Float[Array, "*B N"]
     skipped_blocks: Float[Array, "*B N"]
@@ -73,7 +85,8 @@ def dot_product_attention(
 
         o_i   = sum_{j in V(i)} p_ij v_j    where p_ij = max(0, a t_ij - tau_i)^(1/a)
 
-    and the threshold tau_i is the one at which sum_j p_ij = 1.
+    and the threshold tau_i is the one at which sum_j p_ij = 1. Dropout multiplies the
+    weights of normalized rows by keep_ij / (1 - rate); lse and tau do not know of it.
 
     Letters: B batch; T queries; S keys; N query heads; K key heads, a divisor of N
     (query head n reads key head n // (N // K)); H head dim of query and key; h of
@@ -110,9 +123,14 @@ def dot_product_attention(
         normalizer: How scores become weights: `Softmax()`, or `Entmax(alpha, top_k)`,
             of which a float32 alpha [N] has a gradient. What top_k selects is constant
             in every derivative.
-        logits_soft_cap: Not implemented yet; None.
-        dropout_rate: Not implemented yet; 0.0.
-        dropout_rng: Unused while the rate is 0.
+        logits_soft_cap: A number c > 0: c tanh(scale q.k / c) stands for scale q.k. The
+            bias and masks come after; with `CoALiBi` the gates read the capped scores.
+        dropout_rate: 0 <= rate < 1: each weight is kept with probability 1 - rate, and
+            divided by that. A Python number.
+        dropout_rng: A JAX key, typed or of uint32 words, needed where the rate is above
+            0. What is kept is a hash of it and of a weight's batch entry, head, query
+            and key: the same in every implementation. Under `shard_map` batch entries
+            count from 0 in each shard: fold the shard's index into the key.
         precision: Of the products, as `jax.lax.Precision`; None is
             `jax.default_matmul_precision`.
         implementation: "triton" (Pallas kernels; a CUDA GPU of compute capability
@@ -131,8 +149,8 @@ def dot_product_attention(
     Raises:
         ValueError: if a shape, range, name or combination of arguments is wrong.
         TypeError: if a dtype or class is, or a static argument is traced.
-        NotImplementedError: if a named implementation cannot run the call, an argument
-            is announced only, or `CoALiBi` is in a sum or beside entmax.
+        NotImplementedError: if a named implementation cannot run the call, or `CoALiBi`
+            is in a sum or beside entmax.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -170,10 +188,16 @@ def dot_product_attention(
         normalizer=normalizer,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
         precision=precision,
         implementation=implementation,
         config=config,
     )
+    return attended(given, return_residual)
+
+
+def attended(given: Canonical, return_residual: bool) -> Any:
+    """What a canonical call returns, its leading axes as they were given."""
     sizes = given.sizes
     if sizes.empty:
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
@@ -244,6 +268,7 @@ def visited(
         normalizer=normalizer,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
         precision=precision,
         implementation=implementation,
         config=config,
@@ -322,6 +347,7 @@ def sparsity(
         normalizer=normalizer,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
         precision=precision,
         implementation=implementation,
         config=config,

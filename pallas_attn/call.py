@@ -36,6 +36,9 @@ class Call:
     precision: lax.Precision | None = None
     alpha: float | None = 1.0  # of entmax; None: it is an array
     top_k: int | None = None  # None: every visible key
+    soft_cap: float | None = None  # of scale q.k; None: there is none
+    dropout: float = 0.0  # the rate; > 0: Visibility.seed is there
+    dropout_shared: bool = False  # one mask for all batch entries and heads
     config: Config = Config()
     interpret: bool = False
 
@@ -62,6 +65,7 @@ class Visibility:
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     mask: Bool[Array, "#B #N #T #S"] | None = None
+    seed: Int[Array, 2] | None = None  # of dropout: hides no key, but some weights
 
     @property
     def placed(self) -> bool:

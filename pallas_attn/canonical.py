@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, has_tile, homes
+from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call, positions, Visibility
 from pallas_attn.checks import (
     arrays as check,
     bias as check_bias,
@@ -90,11 +90,17 @@ def canonical(
     precision: Any,
     implementation: Any,
     config: Any,
+    dropout_rng: Any = None,
+    broadcast_dropout: bool = False,
 ) -> Canonical:
-    """Checks every argument of `dot_product_attention`; flattens leading axes."""
+    """Checks every argument of `dot_product_attention`; flattens leading axes.
+
+    broadcast_dropout: drop the same pairs in all batch entries and heads.
+    """
     normalizer = check_static.normalizer(normalizer)
-    check_static.no_soft_cap(logits_soft_cap)
-    check_static.no_dropout(dropout_rate)
+    soft_cap = check_static.soft_cap(logits_soft_cap)
+    rate = check_static.dropout_rate(dropout_rate)
+    seed = check.dropout_seed(dropout_rng, rate)
     implementation = check_static.implementation(implementation)
 
     q, k, v, sizes = check.operands(query, key, value)
@@ -111,8 +117,9 @@ def canonical(
         segments=check.segments(query_segment_ids, key_segment_ids, sizes),
         positions=check.positions(query_positions, key_positions, offset, sizes),
         offset=offset,
+        seed=seed,
     )
-    bias = _bias(check_bias.given(bias, sizes), sizes, q.dtype)
+    bias = check_bias.given(bias, sizes)
     alpha, top_k = _alpha_and_top_k(normalizer, sizes)
     sparse = not _is_softmax(alpha, top_k)
     if sparse and isinstance(bias, CoALiBi):
@@ -142,9 +149,13 @@ def canonical(
         precision=check_static.precision(precision),
         alpha=alpha if isinstance(alpha, float) else None,
         top_k=top_k,
+        soft_cap=soft_cap,
+        dropout=rate,
+        dropout_shared=check_static.flag("broadcast_dropout", broadcast_dropout),
         config=config,
         interpret=name == "triton_interpret",
     )
+    bias = _bias(bias, sizes, _place(sizes, call, visibility))
     learned = None
     if not isinstance(alpha, int | float):
         learned = alpha.astype(accumulator(q.dtype))[None]
@@ -195,6 +206,7 @@ def _visibility(
     segments: tuple[Array, Array] | None,
     positions: tuple[Array | None, Array | None],
     offset: int | Array,
+    seed: Array | None,
 ) -> Visibility:
     def flat(x: Array | None, rank: int) -> Array | None:
         return None if x is None else flattened(x, sizes.leading, rank)
@@ -215,33 +227,55 @@ def _visibility(
         query_segments=flat(query_segments, 1),
         key_segments=flat(key_segments, 1),
         mask=flat(mask, 3),
+        seed=seed,
     )
 
 
-def _bias(bias: Bias, sizes: Sizes, dtype: Any) -> Added | CoALiBi:
+def _place(sizes: Sizes, call: Call, visibility: Visibility) -> Place:
+    """Where the queries and keys stand, for biases whose axes are still as given."""
+
+    def led(x: Array) -> Array:
+        shared = x.shape[0] == 1 != sizes.B
+        front = (1,) * len(sizes.leading) if shared else sizes.leading
+        return x.reshape(*front, *x.shape[1:])
+
+    queries, keys = positions(call, visibility)
+    offset, lengths = visibility.offset, visibility.key_lengths
+    implicit = call.offset if offset is None else led(offset)
+    return Place(
+        led(queries),
+        led(keys),
+        offset=None if visibility.placed else implicit,
+        key_lengths=None if lengths is None else led(lengths),
+        causal=call.causal,
+        dtype=accumulator(call.dtype),
+    )
+
+
+def _bias(bias: Bias, sizes: Sizes, place: Place) -> Added | CoALiBi:
     """What is added to the scores: their terms and products, or Co-ALiBi alone."""
     if not isinstance(bias, CoALiBi):
-        return _added(bias, sizes, dtype)
+        return _added(bias, sizes, place)
     slopes = check_bias.tiled("bias", bias, sizes)["slopes"]
     slopes = flattened(slopes, sizes.leading, RANKS["head"])
-    return CoALiBi(slopes.astype(accumulator(dtype)))
+    return CoALiBi(slopes.astype(place.dtype))
 
 
-def _added(bias: Bias, sizes: Sizes, dtype: Any) -> Added:
+def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:
     """The terms and products of a bias, their leading axes as one."""
 
     def flat(x: Array, rank: int) -> Array:
         if x.dtype == jnp.float64:
-            x = x.astype(accumulator(dtype))
+            x = x.astype(place.dtype)
         return flattened(x, sizes.leading, rank)
 
     terms: list[Bias] = []
     products: list[tuple[Array, Array]] = []
-    for name, term in check_bias.terms("bias", bias):
+    for name, term in check_bias.terms("bias", bias, place, sizes):
         if (sides := check_bias.product(name, term, sizes)) is not None:
             a, b = (flat(side, 3) for side in sides)
             if a.dtype != b.dtype:
-                a, b = (side.astype(accumulator(dtype)) for side in (a, b))
+                a, b = (side.astype(place.dtype) for side in (a, b))
             products.append((a, b))
         if has_tile(term):
             fields = check_bias.tiled(name, term, sizes)

@@ -14,6 +14,9 @@ class Block:
         block_k: Keys of a tile; a power of two, at least 16.
         num_warps: Warps of a program: 1, 2, 4, 8 or 16.
         num_stages: Depth of the software pipeline, at least 1.
+
+    >>> Block(64, 32)
+    Block(block_q=64, block_k=32, num_warps=4, num_stages=3)
     """
 
     block_q: int
@@ -34,6 +37,10 @@ class Config:
         prune: Leave out key blocks that provably hold at most 2^-24 of the weight.
         carry_mib: The most MiB of carries that Co-ALiBi's backward passes hand over; it
             goes through groups of heads to stay below, 8 T S / block_k bytes a head.
+
+    >>> config = Config(forward=Block(64, 32), prune=False)
+    >>> config.rows is None  # the shipped choice
+    True
     """
 
     forward: Block | None = None

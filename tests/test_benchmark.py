@@ -21,6 +21,7 @@ from pallas_attn.benchmark import (
     sweep,
     tables,
     timing,
+    training_step,
 )
 from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.errors import sample_of
@@ -29,12 +30,14 @@ from pallas_attn.benchmark.peers import Peer, PEERS
 from pallas_attn.benchmark.programs import ours, Side
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import ALIBI, Case, CO_ALIBI, DENSE, Target, Term
+from pallas_attn.benchmark.training_step import StepCase, STEPS, StepTarget
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.config import Block, Config
 from pallas_attn.testing.numerics import assert_formula
 
 
 FACTORED = Term("factored", rank=3)
+FORGETTING = Term("forget")
 
 # shape, peer, ratios of forward and forward + backward
 PROMISED = {
@@ -67,6 +70,7 @@ PROMISED = {
     "B128 N4 T4096 H32, dense [1,4,4096,4096]": ("cudnn-bias", 0.75, 0.55),
     "B1 N8 T2048 H64 float32 causal, ALiBi": ("xla", 0.9, 0.6),
     "B1 N8 T2048 H64 float32 causal, dense [1,8,2048,2048]": ("xla", 0.9, 0.6),
+    "B1 N16 T16384 H128 causal, gates 0.5 to 0.999": ("cudnn", 0.45, 0.45),
     "B2 N8 T4096 H64 causal, no bias, entmax 1.5": ("cudnn", 2.45, 1.40),
     "B1 N16 T16384 H64 causal, no bias, entmax 1.5": ("cudnn", 2.70, 1.20),
     "B1 N16 T16384 H64 causal, no bias, entmax 1.5, query x 9": ("cudnn", 2.10, 0.80),
@@ -90,6 +94,21 @@ SMALL = (
     small("sum", causal=True, bias=(ALIBI, FACTORED)),
     small("shared", bias=(Term("dense", shared=True),)),
     small("co-alibi", K=2, causal=True, bias=(CO_ALIBI,), peer=None),
+    small("forget", K=2, causal=True, bias=(FORGETTING,)),
+)
+SMALL_STEP = StepCase(
+    "gpt",
+    "here",
+    B=2,
+    N=2,
+    T=40,
+    H=16,
+    layers=2,
+    vocabulary=11,
+    dtype="float32",
+    peer="xla",
+    target=StepTarget(attention=1e3, step=1e3, memory_share=1e3),
+    platform="gpu" if measure.on_gpu() else "cpu",
 )
 
 
@@ -341,6 +360,7 @@ def test_errors_are_of_the_output_and_every_gradient(run):
         "sum": always | {"slopes", "q_factor", "k_factor"},
         "shared": always | {"bias"},
         "co-alibi": always | {"slopes"},
+        "forget": always | {"log_gate"},
     }
     for result in results:
         for side in result["errors"].values():
@@ -362,8 +382,8 @@ def test_the_tables_show_every_case(run, capsys):
 def test_progress_and_the_platform_are_said(run):
     text = run[1]
     assert ("CPU cases only" in text) != measure.on_gpu()
-    assert "compiled 29 of 29 programs" in text
-    assert all(f"[{i}/4] {case.name}: " in text for i, case in enumerate(SMALL, 1))
+    assert "compiled 37 of 37 programs" in text
+    assert all(f"[{i}/5] {case.name}: " in text for i, case in enumerate(SMALL, 1))
 
 
 def test_a_peer_without_the_bias_is_judged_by_its_own_truth(monkeypatch, tmp_path):
@@ -389,10 +409,86 @@ def test_a_failing_case_leaves_the_others(tmp_path, capsys):
     assert "peer forward, peer both" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def step_run(tmp_path_factory):
+    """The report of a small training step, and what was printed."""
+    path = tmp_path_factory.mktemp("bench") / "report.json"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        arguments = ["gpt", "--json", str(path), "--repeats", "1"]
+        assert report.main(arguments, (*SMALL, SMALL_STEP)) == 0
+    return path, printed.getvalue()
+
+
+def test_a_training_step_is_promised_at_4k():
+    (case,) = (case for case in STEPS if case.platform == "gpu")
+    assert case.shape == (
+        "B4 N16 T4096 H64 bfloat16, GPT of 4 layers, 8192 tokens, ALiBi"
+    )
+    assert case.peer == "cudnn"
+    assert case.target == StepTarget(attention=0.4, step=1.0, memory_share=1.0)
+    assert report.selected((*CASES, *STEPS), ["gpt-*"], "gpu") == [case]
+
+
+def test_both_models_of_a_training_step_have_the_same_gradients(step_run):
+    """And both are near the truth, so that neither has lost its bias."""
+    found = json.loads(step_run[0].read_text())
+    assert found["results"] == []
+    (result,) = map(Result.of_json, found["steps"])
+    assert not result.failures
+    assert set(result.errors) == {"ours", "peer"}
+    for errors in result.errors.values():
+        leaves = {leaf.rpartition("/")[0].rpartition("/")[2] for leaf in errors}
+        assert {"query", "key", "value", "out"} <= leaves
+        within_formula(errors.values())
+
+
+def test_a_training_step_has_times_memory_and_targets(step_run):
+    path, text = step_run
+    (values,) = json.loads(path.read_text())["steps"]
+    result = Result.of_json(values)
+    programs = {f"{side} {work}" for side in ("ours", "peer")
+                for work in ("attention", "step")}  # fmt: skip
+    assert set(result.timings) == set(result.memory) == programs
+    assert result.memory["ours step"] > result.temporaries["ours step"] > 0
+    assert result.met() == {"attention": True, "step": True, "memory_share": True}
+    assert "[1/1] gpt: attention " in text
+    assert "3 of 3 targets met." in text
+    assert "(<= 1000.00: met)" in tables.markdown(json.loads(path.read_text()))
+
+
+def test_a_bias_that_is_lost_is_found(monkeypatch, tmp_path):
+    def attend(query, key, value, bias, **options):
+        return peers.plain(query, key, value, None, **options)
+
+    monkeypatch.setattr(peers, "with_bias", attend)
+    path = tmp_path / "report.json"
+    report.main(["gpt", "--json", str(path), "--repeats", "1"], (SMALL_STEP,))
+    (values,) = json.loads(path.read_text())["steps"]
+    errors = values["errors"]
+    assert max(errors["peer"].values()) > 0.01
+    swapped = {"ours": errors["peer"], "peer": errors["ours"]}
+    assert "query/kernel" in training_step._inaccurate(SMALL_STEP, swapped)
+
+
+def test_a_training_step_has_no_blocks_to_sweep(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["gpt", "--sweep", "rows=16x16x4x1"], (SMALL_STEP,))
+    assert "--sweep needs a case of attention" in capsys.readouterr().err
+
+
+def test_gates_run_from_a_half_to_all_but_a_thousandth():
+    case = small("forget", N=4, bias=(FORGETTING,))
+    (log_gate,) = jax.tree.leaves(draw(case, jax.random.key(0)).bias)
+    assert log_gate.shape == (case.B, case.T, 4)
+    assert np.exp(log_gate[0, 0, [0, 3]]) == pytest.approx([0.5, 0.999])
+    assert (np.diff(log_gate[0, 0]) > 0).all()
+
+
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 36
+    assert len(report.selected(CASES, [], "gpu")) == 38
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -18,6 +18,7 @@ from pallas_attn import (
     dot_product_attention,
     Entmax,
     FactoredBias,
+    ForgetGate,
     head_home,
     key_home,
     query_home,
@@ -104,12 +105,6 @@ class Hidden(Bias):
 
     def expand(self):
         return (CoALiBi(self.slopes),)
-
-
-class ForgetGate(Bias):
-    """Stands for a class of a later version."""
-
-    log_gate: Any = key_home()
 
 
 def block(**change):
@@ -254,10 +249,26 @@ WRONG = {
     "top_k per head": Wrong(entmax(top_k=(8,) * N), TypeError, ("`normalizer.top_k`", "an int, at least 1, or None", "a tuple", "static")),
     "Co-ALiBi and entmax": Wrong({"bias": CoALiBi(floats(N)), **entmax()}, NotImplementedError, ("`normalizer`", "Co-ALiBi with entmax or top-k", "an Entmax beside a CoALiBi", "Use Softmax()")),
     "Co-ALiBi and top-k": Wrong({"bias": CoALiBi(floats(N)), **entmax(alpha=1.0, top_k=2)}, NotImplementedError, ("`normalizer`", "Co-ALiBi with entmax or top-k", "an Entmax beside a CoALiBi", "Use Softmax()")),
-    "forget gate": Wrong({"bias": ForgetGate(floats(B, S, N))}, NotImplementedError, ("`bias`", "forget gate", "ForgetGate", "Use Softmax()")),
-    "soft cap": Wrong({"logits_soft_cap": 30.0}, NotImplementedError, ("`logits_soft_cap`", "not implemented", "30.0", "Leave it None")),
+    "gates of queries": Wrong({"bias": ForgetGate(-floats(B, T, N))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(2, 5, 4)", "of size 1 where it is shared")),
+    "gates of a vector": Wrong({"bias": ForgetGate(-floats(S))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(7,)", "of size 1 where it is shared")),
+    "gates above 1": Wrong({"bias": ForgetGate(np.full((B, S, N), 1.5))}, ValueError, ("`bias.log_gate`", "<= 0 and finite", "1.5", "jax.nn.log_sigmoid")),
+    "gates of 0": Wrong({"bias": ALiBi(floats(N)) + ForgetGate(np.full((1, S, 1), -np.inf))}, ValueError, ("`bias.terms[1].log_gate`", "<= 0 and finite", "-inf", "jax.nn.log_sigmoid")),
+    "gates of integers": Wrong({"bias": ForgetGate(ints(B, S, N))}, TypeError, ("`bias.log_gate`", "float32", "int32", "cast it")),
+    "a list of gates": Wrong({"bias": ForgetGate([0.0] * S)}, TypeError, ("`bias.log_gate`", "must be an array", "a list", "jnp.asarray")),
+    "several gates a key": Wrong({"bias": ForgetGate(-floats(B, S, N, 2))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(2, 7, 4, 2)", "one number each")),
     "soft cap of 0": Wrong({"logits_soft_cap": 0.0}, ValueError, ("`logits_soft_cap`", "> 0", "0.0", "None caps nothing")),
-    "dropout": Wrong({"dropout_rate": 0.1}, NotImplementedError, ("`dropout_rate`", "not implemented", "0.1", "Leave it 0.0")),
+    "negative soft cap": Wrong({"logits_soft_cap": -30}, ValueError, ("`logits_soft_cap`", "> 0", "-30", "None caps nothing")),
+    "infinite soft cap": Wrong({"logits_soft_cap": float("inf")}, ValueError, ("`logits_soft_cap`", "1e-20..1e+20", "inf", "None caps nothing")),
+    "soft cap is NaN": Wrong({"logits_soft_cap": float("nan")}, ValueError, ("`logits_soft_cap`", "1e-20..1e+20", "nan", "None caps nothing")),
+    "traced soft cap": Wrong({"logits_soft_cap": floats()}, TypeError, ("`logits_soft_cap`", "a Python number", "array of float32", "static")),
+    "soft cap is a bool": Wrong({"logits_soft_cap": True}, TypeError, ("`logits_soft_cap`", "a Python number", "True", "static")),
+    "dropout without a key": Wrong({"dropout_rate": 0.1}, ValueError, ("`dropout_rng`", "a JAX key where `dropout_rate` > 0", "None at a rate of 0.1", "jax.random.key")),
+    "negative dropout": Wrong({"dropout_rate": -0.1}, ValueError, ("`dropout_rate`", "0 <= rate < 1", "-0.1", "0.0 drops nothing")),
+    "dropout is NaN": Wrong({"dropout_rate": float("nan")}, ValueError, ("`dropout_rate`", "0 <= rate < 1", "nan", "0.0 drops nothing")),
+    "a seed for a key": Wrong({"dropout_rate": 0.1, "dropout_rng": 7}, TypeError, ("`dropout_rng`", "a JAX key", "array of int32", "jax.random.key")),
+    "a wrong key where nothing is dropped": Wrong({"dropout_rng": floats(2)}, TypeError, ("`dropout_rng`", "a JAX key", "array of float32", "jax.random.key")),
+    "several keys": Wrong({"dropout_rate": 0.1, "dropout_rng": jax.random.split(jax.random.key(0))}, ValueError, ("`dropout_rng`", "one JAX key", "(2,)", "every batch element and head")),
+    "several keys of words": Wrong({"dropout_rate": 0.1, "dropout_rng": jnp.zeros((2, 2), "uint32")}, ValueError, ("`dropout_rng`", "[words]", "(2, 2)", "every batch element and head")),
     "dropout of 1": Wrong({"dropout_rate": 1.0}, ValueError, ("`dropout_rate`", "0 <= rate < 1", "1.0", "0.0 drops nothing")),
     "traced dropout": Wrong({"dropout_rate": floats()}, TypeError, ("`dropout_rate`", "a Python number", "array of float32", "static")),
     # how it is computed

@@ -40,10 +40,12 @@ def test_poison_in_what_nobody_reads(bias, situation, implementation):
     case = Case(bias, situation)
     sample = case.sample()
     places = visible(sample, case.sizes)
-    operands = {
-        name: poisoned_bias(places, x) if name == "bias" else poisoned(places, name, x)
-        for name, x in sample.operands.items()
-    }
+    operands = {name: poisoned(places, name, x) for name, x in sample.operands.items()}
+    bias = sample.operands["bias"]
+    if isinstance(bias, pallas_attn.ForgetGate):
+        operands["bias"] = poisoned_gates(sample, places, bias)
+    else:
+        operands["bias"] = poisoned_bias(places, bias)
     rows = np.swapaxes(places.any(3), 1, 2)
     do, dlse = sample.cotangents
     cotangents = (
@@ -52,7 +54,8 @@ def test_poison_in_what_nobody_reads(bias, situation, implementation):
     )
     bad = replace(sample, operands=operands, cotangents=cotangents)
     assert not all(np.isfinite(x).all() for x in jax.tree.leaves(operands))
-    got = gradients(bad, implementation=implementation, config=small(bias), **EXACT)
+    config = small(case.bias)
+    got = gradients(bad, implementation=implementation, config=config, **EXACT)
     chex.assert_tree_all_finite(got[1])
     assert_formula(got, true_gradients(case))
 
@@ -207,6 +210,22 @@ def poisoned(places, home, x):
     read = read.any(shared, keepdims=True)
     read = read.reshape(read.shape + (1,) * (x.ndim - read.ndim))
     return jnp.where(read, x, jnp.asarray(jnp.nan, x.dtype))
+
+
+def poisoned_gates(sample, places, bias):
+    """Gates of keys that are not there, or that come after every query that sees one.
+
+    A gate between the two of a visible pair is read though its own key is masked.
+    """
+    given = {**sample.conditions, **sample.settings}
+    batch, _, queries, keys = places.shape
+    i = np.arange(queries)[:, None] + given.get("query_offset", 0)
+    m = np.arange(keys)[None, :]
+    read = (places.any(3)[..., None] & (m <= i)).any(2)
+    lengths = np.asarray(given.get("key_value_seq_lengths", np.full(batch, keys)))
+    read &= m[None] < lengths[:, None, None]
+    gates = jnp.where(np.swapaxes(read, 1, 2), bias.log_gate, jnp.nan)
+    return pallas_attn.ForgetGate(gates)
 
 
 def poisoned_bias(places, bias):

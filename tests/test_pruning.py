@@ -16,6 +16,7 @@ from pallas_attn import (
     Config,
     DenseBias,
     FactoredBias,
+    ForgetGate,
     visited,
 )
 from pallas_attn.bias.base import head_home
@@ -59,6 +60,20 @@ def factor(seed, length):
     return 0.3 * jax.random.normal(jax.random.key(seed), (1, length, 2, 5))
 
 
+def gates(*logs):
+    """Log gates [1, 192, 2], one kind a head, that vary from key to key."""
+    steps = jax.random.uniform(jax.random.key(3), (1, 192, 2), minval=0.2, maxval=2.0)
+    return ForgetGate(steps * jnp.array(logs)[None, None])
+
+
+def of_keys(*spread):
+    """One number a key, and some values that would show a wrong extreme."""
+    bias = jax.random.normal(jax.random.key(4), (1, 2, 1, 192))
+    for place, x in spread:
+        bias = bias.at[..., place].set(x)
+    return DenseBias(bias)
+
+
 ADVERSARIES = {
     "causal": Adversary(),
     "full": Adversary({}),
@@ -90,6 +105,13 @@ ADVERSARIES = {
     ),
     "factored": Adversary(bias=STEEP + FactoredBias(factor(1, 192), factor(2, 192))),
     "two slopes": Adversary(bias=STEEP + ALiBi(jnp.array([0.1, 0.6]))),
+    "gates": Adversary(bias=gates(-1.5, -0.1)),
+    "gates full": Adversary({}, gates(-1.5, -0.1), {"T": 181}),
+    "gates that forget everything": Adversary(bias=gates(-300.0, -1e-3)),
+    "gates and slopes": Adversary(bias=gates(-0.2, -0.1) + STEEP),
+    "keys at -1e9": Adversary({}, of_keys((slice(60, 192), -1e9))),
+    "keys at -inf": Adversary(CAUSAL, of_keys((slice(40, 140), -jnp.inf))),
+    "NaN of a key": Adversary({}, of_keys((slice(60, 192), -1e9), (100, jnp.nan))),
 }
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_attn.benchmark.specs import ALIBI, Case, CO_ALIBI, DENSE, Target, Term
+from pallas_attn.benchmark.specs import (
+    ALIBI,
+    Case,
+    CO_ALIBI,
+    DENSE,
+    FORGET,
+    FORGET_SLOWLY,
+    Target,
+    Term,
+)
 from pallas_attn.config import Config
 from pallas_attn.normalizers.entmax import Entmax
 
@@ -20,6 +29,10 @@ FROM_FLASH_BIAS = "github.com/thuml/FlashBias, flash_bias/benchmark.py: B2 H4 d3
 FROM_ADASPLASH = (
     "github.com/deep-spin/adasplash: B2 H8 S4096 D64, causal, alpha 1.5; on an H100 "
     "its second version takes 0.494 ms forward and 0.419 ms backward"
+)
+FROM_FORGETTING = (
+    "the gates of forgetting attention (arXiv 2503.02130) on the shape of "
+    "github.com/Nathancgy/Co-ALIBI, benchmark_flops.py"
 )
 FROM_TOKAMAX = (
     "github.com/openxla/tokamax, its shipped H100 records: B128 N4 T4096 H32 with a "
@@ -176,6 +189,28 @@ ENTMAX_CASES = (
     ),
 )
 
+FORGET_LONG = Case(
+    name="forget-16k",
+    origin=f"{FROM_FORGETTING}; four times its length",
+    B=1,
+    N=16,
+    T=16384,
+    H=128,
+    causal=True,
+    bias=(FORGET,),
+    peer="cudnn",
+    target=Target(0.45, 0.45),
+)
+FORGET_CASES = (
+    dataclasses.replace(
+        FORGET_LONG, name="forget-4k", origin=FROM_FORGETTING, T=4096, target=None
+    ),
+    FORGET_LONG,
+    dataclasses.replace(
+        FORGET_LONG, name="forget-16k-slow", bias=(FORGET_SLOWLY,), target=None
+    ),
+)
+
 CASES = (
     Case(
         name="none-4k",
@@ -238,6 +273,7 @@ CASES = (
         target=Target(0.60, 0.60),
     ),
     *CO_ALIBI_CASES,
+    *FORGET_CASES,
     *ENTMAX_CASES,
     Case(
         name="dense-h128",

@@ -14,6 +14,11 @@ from pallas_attn.bias.base import Bias
 from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.bias.forget_gate import ForgetGate
+
+
+# Of the first and the last head, one for all keys.
+GATES = (0.5, 0.999)
 
 
 class Inputs(NamedTuple):
@@ -71,6 +76,14 @@ def _term(case: Case, term: Term, seed: PRNGKeyArray) -> Bias:
             return FactoredBias(
                 _normal(one, shape, dtype), _normal(other, shape, dtype)
             )
+        case "forget" | "forget slowly":
+            if term.kind == "forget":
+                gates = jnp.linspace(*GATES, case.N, dtype=jnp.float32)
+            else:  # 1 / (1 - gate), which is how far a head remembers, in equal ratios
+                first, last = (1 - gate for gate in GATES)
+                gates = 1 - jnp.geomspace(first, last, case.N, dtype=jnp.float32)
+            log_gate = jnp.log(gates)[None, None]
+            return ForgetGate(jnp.broadcast_to(log_gate, (case.B, case.T, case.N)))
 
 
 def _normal(seed: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -161,6 +161,15 @@ def temporaries_mib(compiled: jax.stages.Compiled) -> float | None:
     return None if analysis is None else analysis.temp_size_in_bytes / MIB
 
 
+def memory_mib(compiled: jax.stages.Compiled) -> float | None:
+    """Memory of a program, operands and results included; None if it is not said."""
+    found: Any = compiled.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes
+    return (held - found.alias_size_in_bytes + found.temp_size_in_bytes) / MIB
+
+
 def _roofline(
     case: Case, timings: Mapping[str, timing.Timing]
 ) -> dict[str, dict[str, float]]:

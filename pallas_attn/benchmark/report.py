@@ -13,15 +13,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from pallas_attn.benchmark import measure, sweep, tables, timing
+from pallas_attn.benchmark import measure, sweep, tables, timing, training_step
 from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import Case
+from pallas_attn.benchmark.training_step import StepCase, STEPS
 
+
+CaseT = TypeVar("CaseT", Case, StepCase, Case | StepCase)
 
 METHOD = (
     "medians of interleaved runs in one process, everything compiled before; "
@@ -37,6 +40,12 @@ ERRORS = (
     "twice the precision (float32 HIGHEST or float64); a peer without a bias against "
     "its own truth"
 )
+STEPS_METHOD = (
+    "a training step is forward, backward and AdamW, nothing donated; attention is "
+    "that of all its layers, forward and backward; memory is that of operands, results "
+    "and temporaries as compiled; errors: of the loss and of the worst gradient, the "
+    "truth by our xla at twice the precision"
+)
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -44,12 +53,17 @@ PACKAGES = (
     "jax-cuda13-plugin",
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
+    "flax",
     "numpy",
+    "optax",
     "pallas_attn",
 )
 
 
-def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    cases: Sequence[Case | StepCase] = (*CASES, *STEPS),
+) -> int:
     """Measure, print and write what the arguments ask for.
 
     Args:
@@ -84,24 +98,34 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> in
         choices = [x for text in options.sweep for x in sweep.parsed(text)]
     except ValueError as error:
         parser.error(str(error))
+    attention = [case for case in chosen if isinstance(case, Case)]
+    steps = [case for case in chosen if isinstance(case, StepCase)]
     if choices:
-        trials = sweep.swept(chosen, choices, implementation, options.repeats, _say)
+        if not attention:
+            parser.error("--sweep needs a case of attention; --list shows all")
+        trials = sweep.swept(attention, choices, implementation, options.repeats, _say)
         report["sweep"] = [dataclasses.asdict(trial) for trial in trials]
         failed = any(trial.failure for trial in trials)
     else:
-        results = []
-        for result in measure.measured(chosen, implementation, options.repeats, _say):
-            results.append(result)
-            _say(f"[{len(results)}/{len(chosen)}] {tables.line(result)}")
-            report["results"].append(dataclasses.asdict(result))
-            _write(report, options.json)
-        _summary(results)
-        failed = any(result.failures for result in results)
+        how = (implementation, options.repeats, _say)
+        done: dict[str, list[Result]] = {"results": [], "steps": []}
+        for kind, results in {
+            "results": measure.measured(attention, *how),
+            "steps": training_step.measured(steps, *how),
+        }.items():
+            for result in results:
+                done[kind].append(result)
+                count = sum(map(len, done.values()))
+                _say(f"[{count}/{len(chosen)}] {tables.line(result)}")
+                report[kind].append(dataclasses.asdict(result))
+                _write(report, options.json)
+        _summary(**done)
+        failed = any(x.failures for results in done.values() for x in results)
     _write(report, options.json)
     return int(failed)
 
 
-def selected(cases: Sequence[Case], names: Sequence[str], here: str) -> list[Case]:
+def selected(cases: Sequence[CaseT], names: Sequence[str], here: str) -> list[CaseT]:
     """The cases of this platform that a name or pattern matches; [] matches all."""
     return [
         case
@@ -137,10 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(results: Sequence[Result]) -> None:
-    tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
-    _say(f"{METHOD}.\n{TFLOPS}.\n{ERRORS}.")
-    met = [met for result in results for met in result.met().values()]
+def _summary(results: Sequence[Result], steps: Sequence[Result]) -> None:
+    if results:
+        tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
+        _say(f"{METHOD}.\n{TFLOPS}.\n{ERRORS}.")
+    if steps:
+        lines = [tables.step_cells(result) for result in steps]
+        tables.terminal(tables.STEP_HEAD, lines)
+        _say(f"{STEPS_METHOD}.")
+    met = [met for result in (*results, *steps) for met in result.met().values()]
     _say(f"{sum(met)} of {len(met)} targets met.")
 
 
@@ -150,6 +179,7 @@ def _report(implementation: str) -> dict[str, Any]:
         "method": METHOD,
         "tflops": TFLOPS,
         "errors": ERRORS,
+        "steps_method": STEPS_METHOD,
         "implementation": implementation,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": {
@@ -160,6 +190,7 @@ def _report(implementation: str) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "results": [],
+        "steps": [],
     }
 
 

@@ -17,12 +17,13 @@ class Result:
         shape: The problem in one line.
         origin: Where the shape is from.
         peer: The peer's title.
-        targets: "forward" and "both": the ratio to reach; "temporaries_mib",
-            "temporaries_share".
+        targets: "forward" and "both", or "attention" and "step": the ratio to reach;
+            "temporaries_mib", "temporaries_share", "memory_share".
         timings: By program.
         tflops: By program, 10^12 operations in a second: "full" of the whole square of
             queries and keys, "causal" of the visible half.
         temporaries: MiB, by program.
+        memory: MiB of operands, results and temporaries, by program; of training steps.
         errors: By side, "ours" and "peer": the relative error by leaf, on a few heads.
         truth: In what the errors' reference was computed.
         visited: The mean share of visible blocks that each pass visits.
@@ -39,6 +40,7 @@ class Result:
     timings: dict[str, Timing] = field(default_factory=dict)
     tflops: dict[str, dict[str, float]] = field(default_factory=dict)
     temporaries: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     truth: str = ""
     visited: dict[str, float] = field(default_factory=dict)
@@ -57,21 +59,18 @@ class Result:
         return None if timing is None else timing.median
 
     def ratio(self, work: str) -> float | None:
-        """Our time over the peer's, for "forward" or "both"."""
+        """Our time over the peer's, for "forward", "both", "attention" or "step"."""
         ours = self.milliseconds(f"ours {work}")
         peer = self.milliseconds(f"peer {work}")
         return None if ours is None or peer is None else ours / peer
 
     def met(self) -> dict[str, bool]:
         """By target, whether it is reached; what was not measured is not."""
-        ours = self.temporaries.get("ours both")
-        peer = self.temporaries.get("peer both")
-        share = None if ours is None or not peer else ours / peer
         reached = {
-            "forward": self.ratio("forward"),
-            "both": self.ratio("both"),
-            "temporaries_mib": ours,
-            "temporaries_share": share,
+            **{x: self.ratio(x) for x in ("forward", "both", "attention", "step")},
+            "temporaries_mib": self.temporaries.get("ours both"),
+            "temporaries_share": _share(self.temporaries, "both"),
+            "memory_share": _share(self.memory, "step"),
         }
         return {
             name: (value := reached[name]) is not None and value <= target
@@ -88,3 +87,8 @@ class Result:
     def host_bound(self) -> list[str]:
         """Programs whose time may be that of the host that enqueues them."""
         return [name for name, t in self.timings.items() if t.host > 0.8 * t.median]
+
+
+def _share(mib: dict[str, float], work: str) -> float | None:
+    ours, peer = mib.get(f"ours {work}"), mib.get(f"peer {work}")
+    return None if ours is None or not peer else ours / peer

@@ -16,13 +16,14 @@ class Term:
     """One term of a bias.
 
     Args:
-        kind: "alibi", "co_alibi", "dense" or "factored".
+        kind: "alibi", "co_alibi", "dense", "factored", "forget" (gates evenly spaced)
+            or "forget slowly" (memories, 1 / (1 - gate), in equal ratios).
         shared: Whether a dense bias is one array for the whole batch, [1, N, T, S].
         rank: R of a factored bias.
         dtype: Of its arrays; None: that of the query.
     """
 
-    kind: Literal["alibi", "co_alibi", "dense", "factored"]
+    kind: Literal["alibi", "co_alibi", "dense", "factored", "forget", "forget slowly"]
     shared: bool = False
     rank: int = 0
     dtype: str | None = None
@@ -105,6 +106,10 @@ class Case:
                 return f"dense [{batch},{self.N},{self.T},{self.T}]{dtype}"
             case "factored":
                 return f"factored R{term.rank}{dtype}"
+            case "forget":
+                return "gates 0.5 to 0.999"
+            case "forget slowly":
+                return "gates 0.5 to 0.999, memories in equal ratios"
 
     def _unusual(self) -> Iterator[str]:
         if isinstance(self.normalizer, Entmax):
@@ -121,3 +126,5 @@ class Case:
 ALIBI = Term("alibi")
 CO_ALIBI = Term("co_alibi")
 DENSE = Term("dense")
+FORGET = Term("forget")
+FORGET_SLOWLY = Term("forget slowly")

@@ -29,6 +29,22 @@ HEAD = (
 )
 
 
+STEP_HEAD = (
+    "case",
+    "attention ms",
+    "peer",
+    "ratio",
+    "step ms",
+    "peer",
+    "ratio",
+    "memory MiB",
+    "peer",
+    "ratio",
+    "error loss, worst gradient",
+    "peer",
+)
+
+
 def cells(result: Result) -> tuple[str, ...]:
     """A result under `HEAD`."""
     seen = result.visited
@@ -50,6 +66,24 @@ def cells(result: Result) -> tuple[str, ...]:
         if seen
         else "-",
         " ".join(f"{x['peak_share']:.0%}" for x in result.roofline.values()) or "-",
+    )
+
+
+def step_cells(result: Result) -> tuple[str, ...]:
+    """The result of a training step under `STEP_HEAD`."""
+    return (
+        result.name,
+        _number(result.milliseconds("ours attention")),
+        _number(result.milliseconds("peer attention")),
+        _against(result, "attention"),
+        _number(result.milliseconds("ours step")),
+        _number(result.milliseconds("peer step")),
+        _against(result, "step"),
+        _number(result.memory.get("ours step")),
+        _number(result.memory.get("peer step")),
+        _step_memory(result),
+        _step_errors(result, "ours"),
+        _step_errors(result, "peer"),
     )
 
 
@@ -81,11 +115,15 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def line(result: Result) -> str:
     """A result in one line, as it comes."""
-    forward, both = (
-        f"{_number(result.milliseconds(f'ours {work}'))} ms, {_against(result, work)}"
-        for work in ("forward", "both")
+    works = {"forward": "forward", "both": "forward + backward"}
+    if "ours step" in result.timings:
+        works = {"attention": "attention", "step": "step"}
+    told = "; ".join(
+        f"{title} {_number(result.milliseconds(f'ours {work}'))} ms, "
+        f"{_against(result, work)}"
+        for work, title in works.items()
     )
-    text = f"{result.name}: forward {forward}; forward + backward {both}"
+    text = f"{result.name}: {told}"
     slow = result.host_bound()
     notes = [f"the host may be what was timed: {', '.join(slow)}"] if slow else []
     reasons: dict[str, list[str]] = {}
@@ -96,8 +134,20 @@ def line(result: Result) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's Speed table, from a report that `bench --json` wrote."""
+    """The README's Speed tables, from a report that `bench --json` wrote."""
     device, versions = report["device"], report["versions"]
+    where = f"{device['kind']}, {report['implementation']}, jax {versions['jax']}"
+    told = []
+    if report["results"]:
+        method = "; ".join(report[x] for x in ("method", "tflops") if x in report)
+        told.append(f"{where}; {method}.\n\n{_attention_rows(report['results'])}")
+    if report.get("steps"):
+        rows = _step_rows(report["steps"])
+        told.append(f"{where}; {report['steps_method']}.\n\n{rows}")
+    return "\n\n".join(told)
+
+
+def _attention_rows(results: Sequence[dict[str, Any]]) -> str:
     head = (
         "case",
         "shape",
@@ -110,8 +160,8 @@ def markdown(report: dict[str, Any]) -> str:
         "TFLOP/s full, causal",
         "temporaries: ours, peer (MiB)",
     )
-    lines = [head, ("---",) * len(head)]
-    for values in report["results"]:
+    lines = []
+    for values in results:
         result = Result.of_json(values)
         lines.append(
             (
@@ -127,10 +177,42 @@ def markdown(report: dict[str, Any]) -> str:
                 _pair(result.temporaries.get, "both"),
             )
         )
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    where = f"{device['kind']}, {report['implementation']}, jax {versions['jax']}"
-    method = "; ".join(report[x] for x in ("method", "tflops") if x in report)
-    return f"{where}; {method}.\n\n{table}"
+    return _rows(head, lines)
+
+
+def _step_rows(results: Sequence[dict[str, Any]]) -> str:
+    head = (
+        "case",
+        "shape",
+        "peer",
+        "attention: ours, peer (ms)",
+        "ratio",
+        "step: ours, peer (ms)",
+        "ratio",
+        "memory of a step: ours, peer (MiB)",
+        "ratio",
+    )
+    lines = []
+    for result in map(Result.of_json, results):
+        lines.append(
+            (
+                f"`{result.name}`",
+                result.shape,
+                result.peer or "-",
+                _pair(result.milliseconds, "attention"),
+                _against(result, "attention"),
+                _pair(result.milliseconds, "step"),
+                _against(result, "step"),
+                _pair(result.memory.get, "step"),
+                _step_memory(result),
+            )
+        )
+    return _rows(head, lines)
+
+
+def _rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    whole = (head, ("---",) * len(head), *lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in whole)
 
 
 def _pair(value: Any, work: str) -> str:
@@ -156,6 +238,24 @@ def _memory(result: Result) -> str:
         met = _met(result, "temporaries_share")
         return f"{text} (<= peer * {share:.3g}: {met})"
     return text
+
+
+def _step_memory(result: Result) -> str:
+    ours, peer = (result.memory.get(f"{side} step") for side in ("ours", "peer"))
+    if ours is None or not peer:
+        return "-"
+    text, most = f"{ours / peer:.2f}", result.targets.get("memory_share")
+    if most is None:
+        return text
+    return f"{text} (<= {most:.2f}: {_met(result, 'memory_share')})"
+
+
+def _step_errors(result: Result, side: str) -> str:
+    errors = result.errors.get(side)
+    if not errors:
+        return "-"
+    worst = max(error for leaf, error in errors.items() if leaf != "loss")
+    return f"{errors['loss']:.1e} {worst:.1e}"
 
 
 def _met(result: Result, target: str) -> str:

@@ -18,6 +18,15 @@ class ALiBi(Bias):
             signs (some code writes slope * distance with slope < 0) is converted by the
             caller: `ALiBi(-slopes)`.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_attn import ALiBi
+        >>> positions = jnp.arange(3)
+        >>> print(ALiBi(jnp.array([0.5])).materialise(positions, positions)[0, 0])
+        [[ 0.  -0.5 -1. ]
+         [-0.5  0.  -0.5]
+         [-1.  -0.5  0. ]]
+
     Source: Press et al., Train Short, Test Long (arXiv 2108.12409).
     """
 
@@ -54,6 +63,8 @@ def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> Float[Array, " N"]:
 
     >>> [float(x) for x in alibi_slopes(6)]
     [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]
+
+    Source: Press et al., Train Short, Test Long (arXiv 2108.12409).
     """
     _check_heads(num_heads)
     p = 2 ** int(math.log2(num_heads))

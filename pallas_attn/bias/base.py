@@ -13,22 +13,46 @@ from jaxtyping import Array, Float, Int
 
 
 def head_home() -> Any:
-    """A field with one number per head, [#B, #N]."""
+    """A field with one number per head, [#B, #N].
+
+    >>> class Slope(Bias):
+    ...     slope: Any = head_home()
+    >>> Slope(jnp.ones((1, 8))).slope.shape
+    (1, 8)
+    """
     return dataclasses.field(metadata={"home": "head"})
 
 
 def query_home() -> Any:
-    """A field with one number (or vector) per query, [#B, T, #N, ...]."""
+    """A field with one number (or vector) per query, [#B, T, #N, ...].
+
+    >>> class Reach(Bias):
+    ...     reach: Any = query_home()
+    >>> Reach(jnp.ones((1, 97, 8))).reach.shape
+    (1, 97, 8)
+    """
     return dataclasses.field(metadata={"home": "query"})
 
 
 def key_home() -> Any:
-    """A field with one number (or vector) per key, [#B, S, #N, ...]."""
+    """A field with one number (or vector) per key, [#B, S, #N, ...].
+
+    >>> class Importance(Bias):
+    ...     importance: Any = key_home()
+    >>> Importance(jnp.ones((2, 97, 1))).importance.shape
+    (2, 97, 1)
+    """
     return dataclasses.field(metadata={"home": "key"})
 
 
 def pair_home() -> Any:
-    """A field with one number per pair of query and key, [#B, #N, #T, #S]."""
+    """A field with one number per pair of query and key, [#B, #N, #T, #S].
+
+    >>> class Pairs(Bias):
+    ...     pairs: Any = pair_home()
+    >>> Pairs(jnp.ones((1, 8, 97, 97))).pairs.shape
+    (1, 8, 97, 97)
+    """
     return dataclasses.field(metadata={"home": "pair"})
 
 
@@ -47,14 +71,39 @@ class Bias:
 
     Values are added with `+`; an array counts as a `DenseBias`. Nothing is validated
     here (JAX rebuilds the classes with None, specs and stacked arrays): calls validate.
+
+    Args: the fields that a subclass declares, in their order; their shapes are those of
+    `head_home` [#B, #N], `query_home` [#B, T, #N, ...], `key_home` [#B, S, #N, ...] and
+    `pair_home` [#B, #N, #T, #S].
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_attn import ALiBi, Bias, head_home
+        >>> class LogDistance(Bias):  # b_ij = -weight log(1 + |i - j|)
+        ...     weight: jax.Array = head_home()
+        ...     def tile(self, t):
+        ...         return -self.weight * jnp.log1p(jnp.abs(t.distance))
+        >>> bias = LogDistance(jnp.ones(8)) + ALiBi(jnp.ones(8))
+        >>> positions = jnp.arange(97)
+        >>> bias.materialise(positions, positions).shape
+        (1, 8, 97, 97)
+
+    Source: FlashBias (arXiv 2505.12044), for products; FlexAttention (arXiv
+    2412.05496), for terms as code.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     # `tile` reads `t.away`: it is cheaper where every query is on one side of every key
     sided = False
-    # fields whose gradient is the score's own (`tile` returns them as they are)
+    # fields whose gradient is the score's own: `tile` adds them up
     identity: tuple[str, ...] = ()
+    # fields along queries or keys may give every key of a row a value such as -1e9,
+    # beside which float32 has no room: weights are told from the row's largest score
+    steep = True
+    # a field along keys holds running sums: its gradient is added up over keys, and
+    # with it what rounding left of the sum of each row
+    running = False
 
     # NumPy arrays leave `array + bias` to __radd__
     __array_ufunc__ = None
@@ -65,6 +114,10 @@ class Bias:
         static = [f.name for f in fields if f.metadata.get("static")]
         data = [f.name for f in fields if f.name not in static]
         jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+
+    def at(self, place: Place) -> Bias:
+        """The term where a call puts its queries and keys; computed on whole arrays."""
+        return self
 
     def expand(self) -> tuple[Bias, ...]:
         """The term as a sum of simpler terms; computed on whole arrays."""
@@ -89,10 +142,17 @@ class Bias:
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """The largest value on query positions q0..q1, key positions k0..k1, inclusive.
 
-        Arguments are integers or vectors of integers over blocks; head fields are
-        numbers. Optional: a term that does not override it is never pruned by.
+        Arguments are integers or vectors of integers over blocks. A head field is a
+        number; any other that does not vary along queries and keys both has the numbers
+        `least` and `most` of the ranges. Optional: a term that does not override it is
+        never pruned by.
         """
         raise NotImplementedError
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the term knows the largest value it takes on a range."""
+        return type(self).bound is not Bias.bound
 
     def materialise(
         self,
@@ -108,11 +168,9 @@ class Bias:
         Returns:
             The added values [#B, #N, T, S], at least float32.
         """
-        region = Region(
-            _with_heads(query_positions)[..., :, None],
-            _with_heads(key_positions)[..., None, :],
-        )
-        terms = self.expand()
+        queries, keys = _with_heads(query_positions), _with_heads(key_positions)
+        region = Region(queries[..., :, None], keys[..., None, :])
+        terms = tuple(term.at(Place(queries, keys)) for term in self.expand())
         products = tuple(ab for t in terms if (ab := t.contract()) is not None)
         values = Added(tuple(t for t in terms if has_tile(t)), products).on(region)
         shape = (1, 1, region.query_position.shape[2], region.key_position.shape[3])
@@ -135,6 +193,23 @@ class Sum(Bias):
     def expand(self) -> tuple[Bias, ...]:
         """All terms, each expanded."""
         return tuple(part for term in self.terms for part in term.expand())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call puts its queries and keys, its leading axes as they were given.
+
+    offset: of the queries, where positions are implicit; None where they are explicit.
+    key_lengths: keys beyond do not exist.
+    causal: no query attends to a later key.
+    """
+
+    query_positions: Int[Array, "*#B #N T"]
+    key_positions: Int[Array, "*#B #N S"]
+    offset: int | Int[Array, "*#B"] | None = None
+    key_lengths: Int[Array, "*#B"] | None = None
+    causal: bool = False
+    dtype: Any = jnp.float32
 
 
 @jax.tree_util.register_dataclass
@@ -184,11 +259,6 @@ def homes(term: Bias | type[Bias]) -> dict[str, str]:
 def has_tile(term: Bias) -> bool:
     """Whether the term is added elementwise."""
     return type(term).tile is not Bias.tile
-
-
-def has_bound(term: Bias) -> bool:
-    """Whether the term knows the largest value it takes on a range."""
-    return type(term).bound is not Bias.bound
 
 
 def parts_of(value: Any) -> tuple[Array, ...]:

@@ -14,6 +14,14 @@ class DenseBias(Bias):
         bias: [#B, #N, #T, #S], any floating dtype. Its gradient is summed over every
             size-1 axis inside the kernels.
 
+    Example:
+        >>> import jax, pallas_attn
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+        >>> shared = jax.random.normal(jax.random.key(1), (1, 8, 97, 97))
+        >>> bias = pallas_attn.DenseBias(shared)  # by both entries of the batch
+        >>> pallas_attn.dot_product_attention(q, k, v, bias).shape
+        (2, 97, 8, 64)
+
     Source: Flash Attention with a matrix bias; the pair bias of AlphaFold.
     """
 
@@ -24,3 +32,12 @@ class DenseBias(Bias):
     def tile(self, t: Any) -> Any:
         """The loaded tile itself."""
         return self.bias
+
+    def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """The largest entry, of one per query or one per key."""
+        return self.bias.most
+
+    @property
+    def bounded(self) -> bool:
+        """Not where there is an entry per pair: nobody looks for its largest."""
+        return 1 in self.bias.shape[-2:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -14,11 +15,13 @@ from pallas_attn.checks.rules import (
     floating,
     int32,
     integers,
+    kind,
     known,
     shape,
     shape_from_the_right,
     wrong_shape,
 )
+from pallas_attn.dropout import seed_of
 from pallas_attn.shapes import axes, fits, Sizes, spelled
 
 
@@ -145,6 +148,33 @@ def lengths(name: str, x: Any, sizes: Sizes, most: int) -> Int[Array, "*B"] | No
     if isinstance(found, np.ndarray):
         return jnp.asarray(found.clip(0, most).astype(np.int32))
     return jnp.clip(found, 0, most).astype(jnp.int32)
+
+
+def dropout_seed(rng: Any, rate: float) -> Int[Array, 2] | None:
+    """The seed that a JAX key folds to; None where nothing is dropped."""
+    if rng is None:
+        if rate > 0:
+            raise ValueError(
+                "`dropout_rng` must be a JAX key where `dropout_rate` > 0; got None at "
+                f"a rate of {rate}. Give `jax.random.key(seed)`, one for each step."
+            )
+        return None
+    typed = isinstance(rng, jax.Array) and jnp.issubdtype(
+        rng.dtype, jax.dtypes.prng_key
+    )
+    found: Array = rng if typed else array("dropout_rng", rng)
+    if not typed and found.dtype != jnp.uint32:
+        raise TypeError(
+            "`dropout_rng` must be a JAX key, typed or of uint32 words; got "
+            f"{kind(found)}. Write `jax.random.key(seed)`."
+        )
+    if found.ndim != (0 if typed else 1) or not found.size:
+        rule = "one JAX key, of shape [] if it is typed and [words] if it is not"
+        advice = "One key does for every batch element and head."
+        wrong_shape("dropout_rng", found, rule, advice)
+    if rate == 0:
+        return None
+    return seed_of(jax.random.key_data(found) if typed else found)
 
 
 def segments(

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.bias.base import Bias, has_tile, homes, Sum
+from pallas_attn.bias.base import Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.checks.rules import (
     array,
     floating,
     kind,
-    not_yet,
+    known,
     shape,
     shape_from_the_right,
     wrong_shape,
@@ -41,7 +43,6 @@ def given(x: Any, sizes: Sizes) -> Bias:
         return Sum(())
     if isinstance(x, Bias):
         return _with_arrays("bias", x, sizes)
-    not_yet("bias", x)
     if isinstance(x, type) and issubclass(x, Bias):
         raise TypeError(
             f"`bias` must be a value, not a class; got {kind(x)}. Write "
@@ -55,7 +56,6 @@ def given(x: Any, sizes: Sizes) -> Bias:
 
 
 def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
-    not_yet(name, term)
     if isinstance(term, Sum):
         named = enumerate(term.terms)
         return Sum(
@@ -65,6 +65,8 @@ def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
         field: _field(f"{name}.{field}", getattr(term, field), home, sizes)
         for field, home in homes(term).items()
     }
+    if isinstance(term, ForgetGate):
+        _fading(f"{name}.log_gate", term.log_gate)
     return dataclasses.replace(term, **fields) if fields else term
 
 
@@ -85,15 +87,20 @@ def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
     return found
 
 
-def terms(name: str, bias: Bias) -> Iterator[tuple[str, Bias]]:
+def terms(
+    name: str, bias: Bias, place: Place, sizes: Sizes
+) -> Iterator[tuple[str, Bias]]:
     """The simplest terms of a bias, each by name: those that `expand` leaves alone.
 
     A CoALiBi among them is refused: it is no sum's term.
     """
     if isinstance(bias, Sum):
         for i, part in enumerate(bias.terms):
-            yield from terms(f"{name}.terms[{i}]", part)
+            yield from terms(f"{name}.terms[{i}]", part, place, sizes)
         return
+    if type(bias).at is not Bias.at:
+        bias = dataclasses.replace(bias, **tiled(name, bias, sizes))
+        bias = bias.at(place)
     parts = bias.expand()
     if not isinstance(parts, tuple):
         raise TypeError(
@@ -104,12 +111,25 @@ def terms(name: str, bias: Bias) -> Iterator[tuple[str, Bias]]:
         if type(part) is type(bias):
             yield name, _adding(name, part)
         elif isinstance(part, Bias):
-            yield from terms(f"{name}.expand()[{i}]", part)
+            yield from terms(f"{name}.expand()[{i}]", part, place, sizes)
         else:
             raise TypeError(
                 f"`{name}.expand` must return bias values; got {kind(part)}. An array "
                 "is a DenseBias(array)."
             )
+
+
+def _fading(name: str, log_gate: Any) -> None:
+    """As it was given: under a trace an array that is made of it is traced."""
+    values = known(log_gate)
+    if values is None:
+        return
+    wrong = values[(values > 0) | (values == -np.inf)]
+    if wrong.size:
+        raise ValueError(
+            f"`{name}` must be <= 0 and finite, the logarithm of a gate; got "
+            f"{wrong[0]}. Write `jax.nn.log_sigmoid(x)`."
+        )
 
 
 def _adding(name: str, term: Bias) -> Bias:
@@ -128,17 +148,17 @@ def _adding(name: str, term: Bias) -> Bias:
 
 def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
     """The fields that kernels read: one number per head, query, key or pair."""
-    known = homes(x)
+    home_of = homes(x)
     for field in dataclasses.fields(x):
-        if field.name not in known and not field.metadata.get("static"):
+        if field.name not in home_of and not field.metadata.get("static"):
             raise TypeError(
                 f"`{name}.{field.name}` must have a home, for `tile` reads it; got "
                 "none. Declare it with head_home(), query_home(), key_home() or "
                 'pair_home(), or as static: field(metadata={"static": True}).'
             )
     fields = {f: _field(f"{name}.{f}", getattr(x, f), home, sizes)
-              for f, home in known.items()}  # fmt: skip
-    for field, home in known.items():
+              for f, home in home_of.items()}  # fmt: skip
+    for field, home in home_of.items():
         addable(f"{name}.{field}", fields[field])
         rule = axes(HOME_RULES[home][0], sizes)
         if home not in ALIGNED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -18,6 +17,9 @@ from pallas_attn.normalizers.softmax import Softmax
 
 # A window without end: as far as positions reach, and their sum is int32.
 UNBOUNDED = 2**30 - 2**26
+
+# The least soft cap; one over it is the largest.
+LEAST_CAP = 1e-20
 
 POWER_OF_TWO = "a power of two, at least 16"
 BLOCK_RULES = {
@@ -85,34 +87,28 @@ def no_contextual_entmax() -> None:
     )
 
 
-def no_soft_cap(x: Any) -> None:
-    """A soft cap is announced and not there yet."""
+def soft_cap(x: Any) -> float | None:
+    """A number whose quotients with scores are float32 numbers, or None."""
     if x is None:
-        return
-    rule = "None or a finite Python number > 0"
+        return None
+    rule = f"None or a Python number > 0, within {LEAST_CAP:g}..{1 / LEAST_CAP:g}"
     _static_number("logits_soft_cap", x, rule)
-    if not 0 < x < math.inf:
+    if not LEAST_CAP <= x <= 1 / LEAST_CAP:
         raise ValueError(
             f"`logits_soft_cap` must be {rule}; got {x}. None caps nothing."
         )
-    raise NotImplementedError(
-        f"`logits_soft_cap` is not implemented in this version; got {x}. Leave it None."
-    )
+    return float(x)
 
 
-def no_dropout(rate: Any) -> None:
-    """Dropout is announced and not there yet; a rate of 0 is none."""
+def dropout_rate(rate: Any) -> float:
+    """The share of weights that dropout leaves out."""
     rule = "a Python number, 0 <= rate < 1"
     _static_number("dropout_rate", rate, rule)
     if not 0 <= rate < 1:
         raise ValueError(
             f"`dropout_rate` must be {rule}; got {rate}. 0.0 drops nothing."
         )
-    if rate:
-        raise NotImplementedError(
-            f"`dropout_rate` > 0 is not implemented in this version; got {rate}. Leave "
-            "it 0.0, or drop out the output."
-        )
+    return float(rate)
 
 
 def precision(x: Any) -> lax.Precision | None:

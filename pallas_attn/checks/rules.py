@@ -15,9 +15,6 @@ from pallas_attn.shapes import Axis, fits, fits_from_the_right, spelled
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# What later versions bring, by the name of its class.
-LATER = {"ForgetGate": "The forget gate"}
-
 
 def array(name: str, x: Any) -> Array:
     """Anything that JAX takes as an array; not a list, not None."""
@@ -88,16 +85,6 @@ def static_int(name: str, x: Any, rule: str) -> None:
         raise TypeError(
             f"`{name}` must be {rule}; got {kind(x)}. It is static: under jit, close "
             "over it or list it in static_argnames."
-        )
-
-
-def not_yet(name: str, x: Any) -> None:
-    """Classes that are announced and not there yet."""
-    label = x.__name__ if isinstance(x, type) else type(x).__name__
-    if label in LATER:
-        raise NotImplementedError(
-            f"`{name}`: {LATER[label]} ({label}) is not implemented in this version; "
-            f"got {kind(x)}. Use Softmax() and the biases that pallas_attn exports."
         )
 
 

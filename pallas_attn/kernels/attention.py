@@ -109,7 +109,7 @@ def _forward(
     factors = ops.added.products
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted)
-    out = passes.forward(ops, passes.norms(ops, call, p), call, p)
+    out = passes.forward(ops, passes.grains(ops, call, p), call, p)
     lse = out["lse"]
     natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
     residuals = Residuals(ops, factors, wanted=wanted, **out)
@@ -145,6 +145,8 @@ def gradients(
     """
     ops, wanted, products = res.ops, res.wanted, res.ops.added.products
     rows = passes.rows(ops, cot, blocks, call, p) if p.rows else {}
+    if p.settled:
+        cot = replace(cot, delta=cot.delta + rows["beyond"])
     cols = passes.cols(ops, cot, blocks, call, p) if p.cols else {}
     ds: Any = cols.get("ds")
     if p.own and not p.rows:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.dropout import rescale
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import (
     frame_of,
@@ -53,20 +54,22 @@ def rows_kernel(
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
         terms = on_tile(ops.added, t, held)
-        _, u, ds, visible = weights_and_ds(t, (q, k, v, do), (qs, ks), terms, stats)
+        _, u, ds, dqk, visible = weights_and_ds(
+            t, (q, k, v, do), (qs, ks), terms, stats
+        )
 
-        def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
             return x + times(t, ds, t.seen_keys(visible, y), k.dtype)
 
         return {
-            "dq": add(state["dq"], k),
-            "da": {x: add(y, ks[x]) for x, y in state["da"].items()},
+            "dq": add(state["dq"], k, dqk),
+            "da": {x: add(y, ks[x], ds) for x, y in state["da"].items()},
             "sums": add_sums(state["sums"], t, terms, u, ds),
         }
 
     def add_sums(sums: Any, t: Tile, terms: Any, u: jax.Array, ds: jax.Array) -> Any:
         """Sums over keys: of dS, and per field of its gradient by dS and by U."""
-        if not plan.row_fields:
+        if not summed:
             return sums
         total, fields = sums
         back = pullback(terms, plan.row_fields, t)
@@ -75,12 +78,13 @@ def rows_kernel(
             f: (x + by_ds[f], y + by_u[f]) for f, (x, y) in fields.items()
         }
 
+    summed = bool(plan.row_fields) or plan.settled
     nothing = jnp.zeros((t0.bq,), f32)
     sums = nothing, dict.fromkeys(plan.row_fields, (nothing, nothing))
     state = {
         "dq": zeros(t0.bq, ops.q),
         "da": {x: zeros(t0.bq, products[x][0]) for x in plan.da},
-        "sums": sums if plan.row_fields else (),
+        "sums": sums if summed else (),
     }
     own = Own(q, qs, stats)
     state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
@@ -89,7 +93,7 @@ def rows_kernel(
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
-    if plan.row_fields:
+    if summed:
         # A row of dS adds up to dlse. What rounding (of o in delta) left beyond that is
         # a multiple of U in dS, and small beside dS only until a row is summed.
         total, fields = state["sums"]
@@ -97,6 +101,8 @@ def rows_kernel(
         beyond = stats.of_one(beyond)
         for f, (x, y) in fields.items():
             t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
+        if plan.settled:
+            t0.put_stat(out["beyond"], jnp.where(some, beyond, 0.0))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), visits)
 
 
@@ -130,7 +136,7 @@ def cols_kernel(
         def step(t: Tile, state: Any) -> Any:
             q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
             terms = on_tile(ops.added, t, held)
-            p, _, ds, visible = weights_and_ds(
+            p, _, ds, dqk, visible = weights_and_ds(
                 t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
             )
             low = ds.astype(q.dtype)
@@ -141,15 +147,15 @@ def cols_kernel(
                     kept = transposed(t.keep_keys(transposed(kept)))
                 t.put_pair(out["ds"], kept)
 
-            def add(x: jax.Array, y: jax.Array) -> jax.Array:
+            def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
                 y = t.seen_queries(visible, y)
                 return x + times(t, transposed(ds), y, q.dtype)
 
-            new = {"dk": add(state["dk"], q)} if plan.dk else {}
+            new = {"dk": add(state["dk"], q, dqk)} if plan.dk else {}
             do = t.seen_queries(visible, do)
             return new | {
                 "dv": state["dv"] + t.dot(transposed(p.astype(do.dtype)), do),
-                "db": {x: add(y, qs[x]) for x, y in state["db"].items()},
+                "db": {x: add(y, qs[x], ds) for x, y in state["db"].items()},
                 "fields": {
                     f: y + t.seen_keys(visible, grads[f])
                     for f, y in state["fields"].items()
@@ -182,7 +188,8 @@ def cols_kernel(
         state = of_head(first, state)
     else:
         state = lax.fori_loop(first, first + call.G, of_head, state)
-    x0.put_keys(out["dv"], x0.keep_keys(state["dv"]))
+    dv = state["dv"] * rescale(call) if call.dropout else state["dv"]
+    x0.put_keys(out["dv"], x0.keep_keys(dv))
     if plan.dk:
         x0.put_keys(out["dk"], x0.keep_keys(state["dk"] * call.scale))
 
@@ -224,7 +231,7 @@ def tiles_kernel(
     def add(t: Tile, acc: jax.Array) -> jax.Array:
         terms = on_tile(ops.added, t, held)
         products = ops.added.products
-        _, _, ds, visible = weights_and_ds(
+        _, _, ds, _, visible = weights_and_ds(
             t,
             (t.rows(ops.q), t.keys(ops.k), t.keys(ops.v), t.rows(cot.do)),
             ([t.rows(a) for a, _ in products], [t.keys(x) for _, x in products]),

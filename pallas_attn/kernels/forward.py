@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
+from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import keys_of, query_tile, report
@@ -29,7 +30,7 @@ from pallas_attn.normalizers.softmax import (
     log_sum,
     lowest,
     peak,
-    referred,
+    relative,
     rescaled,
     SPREAD,
 )
@@ -56,7 +57,8 @@ def forward_kernel(
         return row_scores(t, q, qs, ops.k, ops.added, held)
 
     def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
-        v = t.seen_keys(visible, t.keys(ops.v))
+        v, drop = t.seen_keys(visible, t.keys(ops.v)), drop_on(t)
+        weights = weights if drop is None else drop(weights)
         return t.dot(weights.astype(v.dtype), v)
 
     def online(t: Tile, state: Any) -> Any:
@@ -79,8 +81,7 @@ def forward_kernel(
         def rest(j: Any, side: Any, state: Any) -> Any:
             return online(at_keys(t0, j, side, edge=veiled), state)
 
-        acc, m, l = far.loop(rest, (acc, m, l))
-        reference = m * mul
+        acc, base, l = far.loop(rest, (acc, m, l))
     else:
         # A bound on the scores replaces the running maximum.
         reach = reach_of(call, q, qs)
@@ -97,15 +98,14 @@ def forward_kernel(
 
         top = lax.while_loop(lambda s: wide & (s[0] < far.count), find, (i32(0), m))[1]
         lift = jnp.where(wide, -jnp.inf, far.top - SPREAD)
-        reference = jnp.maximum(top * mul, lift)
-        # (A fused multiply-add may leave a rounding error of 1e22 of -1e30.)
-        old = power(jnp.minimum(m * mul - reference, 0.0))
+        base = jnp.maximum(top, lift * (1 / mul))
+        old = power((m - base) * mul)
 
         def rest(j: Any, side: Any, state: Any) -> Any:
             acc, l = state
             t = at_keys(t0, j, side, edge=veiled)
             x, row, visible = scores(t)
-            weights = referred(x, row, reference, mul, power)
+            weights = relative(x, row, base, mul, power, plan.large)
             return acc + weighted(t, weights, visible), l + jnp.sum(weights, 1)
 
         acc, l = far.loop(rest, (acc * old[:, None], l * old))
@@ -113,9 +113,11 @@ def forward_kernel(
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
+    if call.dropout:
+        acc = acc * rescale(call)
     t0.put_rows(out["o"], acc / jnp.where(l == 0, 1.0, l)[:, None])
-    t0.put_stat(out["lse"], log_sum(reference, l))
+    t0.put_stat(out["lse"], log_sum(base * mul, l))
     if plan.large:
-        t0.put_stat(out["peak"], jnp.where(l == 0, jnp.inf, m))
+        t0.put_stat(out["peak"], jnp.where(l == 0, jnp.inf, base))
         t0.put_stat(out["total"], jnp.log2(jnp.where(l == 0, 1.0, l)))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), visits(w, far))

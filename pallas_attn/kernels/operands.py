@@ -124,7 +124,7 @@ class Residuals:
     lse: Any
     visits: Any
     wanted: Wanted = field(metadata={"static": True})
-    norms: Any = None
+    grains: Any = None
     reach: Any = None
     peak: Any = None
     total: Any = None

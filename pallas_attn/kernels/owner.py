@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,14 @@ i32 = jnp.int32
 
 def frame_of(call: Call, sight: Sight, b: Any) -> Any:
     """The frame of batch entry b, in uniform registers."""
-    return frame(call, sight, b, lambda ref, at: uniform(call, load_number(ref, at)))
+
+    def number(ref: Any, at: tuple[Any, ...]) -> Any:
+        return uniform(call, load_number(ref, at))
+
+    found, seed = frame(call, sight, b, number), sight.arrays.seed
+    if seed is None:
+        return found
+    return replace(found, seed=(number(seed, (i32(0),)), number(seed, (i32(1),))))
 
 
 def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:

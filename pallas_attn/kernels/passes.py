@@ -18,10 +18,10 @@ from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.operands import Cotangents, Operands, Residuals
 from pallas_attn.kernels.plan import block_of, grid_of, Plan
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
-from pallas_attn.kernels.pruning import Pruning
-from pallas_attn.kernels.terms import Field, fields, turned
+from pallas_attn.kernels.pruning import Grains, Pruning
+from pallas_attn.kernels.terms import along, Field, fields, turned
 from pallas_attn.kernels.thin import thin_cols_kernel, thin_rows_kernel
-from pallas_attn.kernels.visible import GRAIN
+from pallas_attn.kernels.visible import extremes, GRAIN
 
 
 f32 = jnp.float32
@@ -30,8 +30,8 @@ f32 = jnp.float32
 PRE_PASS = Block(GRAIN, GRAIN, 4, 1)
 
 
-def norms(ops: Operands, call: Call, p: Plan) -> Array | None:
-    """The largest |[k, B]| of every grain of keys; None where nothing is pruned."""
+def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
+    """What bounds the scores of every grain; None where nothing is pruned."""
     if not p.pruned:
         return None
     sides = [b for _, b in ops.added.products]
@@ -39,10 +39,15 @@ def norms(ops: Operands, call: Call, p: Plan) -> Array | None:
     grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, sides, ops.sight)
     shape = jax.ShapeDtypeStruct(grid, f32)
-    return launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
+    norms = launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
+    vectors = {f: along(ops.added, f) for f in fields(ops.added)}
+    known = {f: extremes(x.astype(f32)) for f, x in vectors.items() if x is not None}
+    return Grains(norms, known)
 
 
-def forward(ops: Operands, norms: Array | None, call: Call, p: Plan) -> dict[str, Any]:
+def forward(
+    ops: Operands, grains: Grains | None, call: Call, p: Plan
+) -> dict[str, Any]:
     """The fields of `Residuals` that the forward pass makes."""
     blocks = grid_of(call, p, "forward").blocks
     o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
@@ -51,8 +56,9 @@ def forward(ops: Operands, norms: Array | None, call: Call, p: Plan) -> dict[str
         outputs |= {"peak": _per_row(call), "total": _per_row(call)}
     if p.pruned:
         outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
-    inputs = (ops, Pruning(norms))
-    return _run(forward_kernel, "forward", inputs, outputs, call, p) | {"norms": norms}
+    inputs = (ops, Pruning(grains))
+    made = _run(forward_kernel, "forward", inputs, outputs, call, p)
+    return made | {"grains": grains}
 
 
 def cotangents(
@@ -68,13 +74,16 @@ def cotangents(
         call,
         PRE_PASS,
     )
-    pruning = Pruning(res.norms, res.reach, floors) if p.pruned else Pruning()
+    pruning = Pruning(res.grains, res.reach, floors) if p.pruned else Pruning()
     cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse)
     return cot, pruning
 
 
 def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
-    """dq, the query sides of products, the fields per head and per query; visits."""
+    """dq, the query sides of products, the fields per head and per query; visits.
+
+    And what delta lacks, if the plan settles it.
+    """
     products = ops.added.products
     outputs = {
         "dq": like(ops.q),
@@ -82,6 +91,8 @@ def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str,
         "fields": {f: _per_row(call) for f in p.row_fields},
         "visits": _visits(call, grid_of(call, p, "rows").blocks),
     }
+    if p.settled:
+        outputs["beyond"] = _per_row(call)
     return _run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p)
 
 

@@ -8,13 +8,17 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.bias.base import Added, has_bound
+from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.config import Block, Load, shipped
 from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.operands import Wanted
 from pallas_attn.kernels.terms import Field, fields, is_identity, span
 from pallas_attn.kernels.visible import Sight
+
+
+# Up to so many queries read a key once: to look at all keys beforehand costs as much.
+STEP = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Plan:
     rows: bool = True  # False: dq is a thin pass over a stored dS
     cols: bool = True
     dk: bool = True  # False: dk is a thin pass over a stored dS
+    settled: bool = False  # cols gets a delta with which each row of dS adds up
     row_fields: tuple[Field, ...] = ()
     col_fields: tuple[Field, ...] = ()
     tile_fields: tuple[Field, ...] = ()
@@ -59,13 +64,14 @@ def plan(
         (call.B if x.shape[0] == 1 else 1) * (call.N if x.shape[1] == 1 else 1)
         for x in full
     ]
-    bounded = all(has_bound(t) for t in added.terms) and bool(added.terms)
-    pruned = call.config.prune and bounded and not sight.arrays.placed
+    bounded = all(t.bounded for t in added.terms) and bool(added.terms)
+    several = call.T > STEP and not sight.arrays.placed
+    pruned = call.config.prune and bounded and several
     sided = any(t.sided for t in added.terms)
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
     forward = Plan(
         pruned=pruned,
-        large=not pruned and any(span(added, f) for f in every),
+        large=any(span(added, f) and added.terms[f[0]].steep for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),
@@ -80,20 +86,24 @@ def plan(
     # What adds the same to a whole row has no gradient: attention.py gives it dlse.
     rows = tuple(f for f in of_span("", "q") if not is_row_constant(added, f))
     pairs = of_span("qk")
+    settled = any(added.terms[f[0]].running for f in of_span("k"))
     by_key = bool(wanted.k or wanted.v or wanted.b or of_span("k"))
     others = bool(wanted.q or wanted.a or rows or by_key)
     shape = (call.B, call.N, call.T, call.S)
     own = tuple(
         f for f in pairs if others and is_identity(added, f) and every[f].shape == shape
     )
+    # Under a soft cap the dS of a bias is not that of q.k, which thin passes need.
+    may_store = may_store and call.soft_cap is None
     own = own if may_store and own and _as_wide(every[own[0]].dtype, call.dtype) else ()
     return replace(
         forward,
         store=every[own[0]].dtype if own else None,
         own=own,
-        rows=bool(rows or (not own and (wanted.q or wanted.a))),
+        rows=bool(rows or settled or (not own and (wanted.q or wanted.a))),
         cols=bool(by_key or own),
         dk=not own or call.H <= 64,
+        settled=settled,
         row_fields=rows,
         col_fields=of_span("k"),
         tile_fields=tuple(f for f in pairs if f not in own),

@@ -16,9 +16,9 @@ from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import keys_of, queries_of, Visits
 from pallas_attn.kernels.plan import block_of, Plan
 from pallas_attn.kernels.scores import reach_of
-from pallas_attn.kernels.terms import bound
+from pallas_attn.kernels.terms import bound, Field, span
 from pallas_attn.kernels.tile import at_keys, at_queries, load_number, Tile
-from pallas_attn.kernels.visible import GRAIN
+from pallas_attn.kernels.visible import Extremes, GRAIN
 
 
 i32 = jnp.int32
@@ -37,15 +37,28 @@ class Own(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Grains:
+    """What bounds the scores of whole blocks, known before any of them is visited.
+
+    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
+    fields: the extremes of the fields that terms may bound themselves by.
+    """
+
+    norms: Any
+    fields: dict[Field, Extremes]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Pruning:
     """What rules blocks out; None where nothing is pruned.
 
-    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
+    grains: of keys and of fields.
     reach: the largest |scale [q, A]| (log2) of a forward block of queries.
     floors: the least log2-sum of a grain of queries.
     """
 
-    norms: Any = None
+    grains: Any = None
     reach: Any = None
     floors: Any = None
 
@@ -110,22 +123,28 @@ def far_keys(
     floor: Any,
 ) -> walk.Remaining:
     """The far blocks that remain, where every row's log2-sum is at least `floor`."""
-    norms = pruning.norms
 
     def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
-        return largest_scores(t, ops, held, norms, reach, j, ok), floor
+        return largest_scores(t, ops, held, pruning.grains, reach, j, ok), floor
 
     return walk.holes(t.call, w.sides, pl.cdiv(t.call.S, t.bk), t.bk, weight)
 
 
 def largest_scores(
-    t: Tile, ops: Operands, held: Any, norms: Any, reach: Any, j: Any, ok: Any
+    t: Tile, ops: Operands, held: Any, grains: Grains, reach: Any, j: Any, ok: Any
 ) -> jax.Array:
     """No score of these queries with the keys of blocks j is above this, in log2."""
     p0, k0 = t.q0 + t.frame.offset, j * t.bk
-    lead = (t.b, t.h // i32(t.call.N // norms.shape[1]))
-    norm = walk.of_blocks(norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
-    return norm * reach + bound(ops.added, held, p0, p0 + t.bq - 1, k0, k0 + t.bk - 1)
+    lead = walk.lead_of(grains.norms, t.call, t.b, t.h)
+    norm = walk.of_blocks(grains.norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
+    known = {
+        f: _of_blocks(x, t, j, ok, t.bk)
+        if span(ops.added, f) == "k"
+        else _of_own(x, t, t.q0, t.bq)
+        for f, x in grains.fields.items()
+    }
+    ranges = p0, p0 + t.bq - 1, k0, k0 + t.bk - 1
+    return walk.above(norm * reach + bound(ops.added, held, known, *ranges))
 
 
 def far_queries(
@@ -133,7 +152,12 @@ def far_queries(
 ) -> walk.Remaining:
     """The far blocks that remain, where a block's row sums are at least its floor."""
     call, lead = t.call, (t.b, t.h)
-    norm = _norm_of_keys(pruning.norms, t)
+    norm = _norm_of_keys(pruning.grains.norms, t)
+    own = {
+        f: _of_own(x, t, t.k0, t.bk)
+        for f, x in pruning.grains.fields.items()
+        if span(ops.added, f) != "q"
+    }
     reach_block = block_of(call, plan, "forward").block_q
 
     def weight(i: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -142,10 +166,33 @@ def far_queries(
             pruning.reach, lead, i, ok, t.bq, reach_block, jnp.maximum
         )
         floor = walk.of_blocks(pruning.floors, lead, i, ok, t.bq, GRAIN, jnp.minimum)
-        most = bound(ops.added, held, q0, q0 + t.bq - 1, t.k0, t.k0 + t.bk - 1)
-        return reach * norm + most, floor
+        known = {
+            f: _of_blocks(x, t, i, ok, t.bq)
+            for f, x in pruning.grains.fields.items()
+            if f not in own
+        }
+        ranges = q0, q0 + t.bq - 1, t.k0, t.k0 + t.bk - 1
+        most = bound(ops.added, held, own | known, *ranges)
+        return walk.above(reach * norm + most), floor
 
     return walk.holes(call, w.sides, pl.cdiv(call.T, t.bq), t.bq, weight)
+
+
+def _of_own(x: Extremes, t: Tile, i0: Any, n: int) -> Extremes:
+    """The extremes of a field on n of its entries, those of the own block."""
+    if x.least.shape[-1] == 1:  # the same for every query and key
+        i0, n = i0 * 0, 1
+    return Extremes(*walk.of_own(x, t.call, t.b, t.h, i0, n))
+
+
+def _of_blocks(x: Extremes, t: Tile, i: jax.Array, ok: Any, block: int) -> Extremes:
+    """The extremes of a field on each of a vector of blocks."""
+
+    def worst(ref: Any, of: Any) -> jax.Array:
+        lead = walk.lead_of(ref, t.call, t.b, t.h)
+        return walk.of_blocks(ref, lead, i, ok, block, GRAIN, of)
+
+    return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
 
 
 def _norm_of_keys(norms: Any, t: Tile) -> jax.Array:

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, has_bound, homes, parts_of
+from pallas_attn.bias.base import Added, Bias, homes, parts_of
 from pallas_attn.kernels.tile import Tile
 
 
@@ -132,11 +133,30 @@ def pullback(
     return gradients
 
 
-def bound(added: Added, held: dict[Field, Any], *ranges: Any) -> Any:
-    """The largest sum of the terms on ranges of positions, in log2 units."""
+def along(added: Added, field: Field) -> Float[Array, "#B #N length"] | None:
+    """A field that varies along queries or keys alone, or along neither; else None.
+
+    None for a head's number too.
+    """
+    x, place = getattr(added.terms[field[0]], field[1]), home(added, field)
+    if place == "head" or span(added, field) == "qk":
+        return None
+    return jnp.swapaxes(x, 1, 2) if place != "pair" else x.reshape(*x.shape[:2], -1)
+
+
+def bound(
+    added: Added, held: dict[Field, Any], extremes: dict[Field, Any], *ranges: Any
+) -> Any:
+    """The largest sum of the terms on ranges of positions, in log2 units.
+
+    extremes: of the fields that have any, on these ranges.
+    """
     total = f32(0)
     for n, term in enumerate(added.terms):
-        assert has_bound(term)
-        heads = {name: held.get((n, name)) for name in homes(term)}
-        total = total + replace(term, **heads).bound(*ranges)
+        assert term.bounded
+        known = {
+            name: extremes.get((n, name), held.get((n, name)) if at == "head" else None)
+            for name, at in homes(term).items()
+        }
+        total = total + replace(term, **known).bound(*ranges)
     return total * math.log2(math.e)

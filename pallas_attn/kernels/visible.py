@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Shaped
 
 from pallas_attn.call import Call, Visibility
 
@@ -21,10 +21,13 @@ i32 = jnp.int32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Extremes:
-    """The least and the largest entry of every grain of a vector [#B, #N, length]."""
+    """The least and the largest entry of every grain of a vector [#B, #N, length].
 
-    least: Int[Array, "#B #N grains"]
-    most: Int[Array, "#B #N grains"]
+    Or of some ranges of it, as numbers.
+    """
+
+    least: Shaped[Array, "#B #N grains"]
+    most: Shaped[Array, "#B #N grains"]
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +63,7 @@ class Frame:
     queries: tuple[Any, Any]
     keys: tuple[Any, Any]
     placed: bool = False  # positions are arrays; the offset means nothing
+    seed: tuple[Any, Any] | None = None  # of dropout
 
 
 def sight(call: Call, visibility: Visibility) -> Sight:
@@ -87,16 +91,25 @@ def sight(call: Call, visibility: Visibility) -> Sight:
     return Sight(arrays, segments, positions)
 
 
-def extremes(x: Int[Array, "#B #N length"]) -> Extremes:
-    """The least and the largest entry of every grain."""
-    pad = -x.shape[-1] % GRAIN
-    limits = jnp.iinfo(jnp.int32)
+def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:
+    """The least and the largest entry of every grain, of integers or floats.
 
-    def grains(fill: int) -> Array:
-        padded = jnp.pad(x, ((0, 0), (0, 0), (0, pad)), constant_values=fill)
+    Infinite where an entry is NaN, which a kernel's own maximum would pass over.
+    """
+    pad = -x.shape[-1] % GRAIN
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    low, high = (-jnp.inf, jnp.inf) if floats else _limits_of(x.dtype)
+
+    def grains(fill: float) -> Array:
+        known = jnp.where(jnp.isnan(x), -fill, x) if floats else x
+        padded = jnp.pad(known, ((0, 0), (0, 0), (0, pad)), constant_values=fill)
         return padded.reshape(*x.shape[:2], -1, GRAIN)
 
-    return Extremes(grains(limits.max).min(-1), grains(limits.min).max(-1))
+    return Extremes(grains(high).min(-1), grains(low).max(-1))
+
+
+def _limits_of(dtype: Any) -> tuple[int, int]:
+    return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
 
 
 def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:

@@ -42,6 +42,10 @@ f32 = jnp.float32
 # At most this share of a row's, or a column's, weight is left out.
 BUDGET = 2.0**-24
 
+# Of a sum of a few terms, and a number that has a float32 beyond it.
+ROUNDING = 2.0**-21
+HUGE = 1e38
+
 
 @dataclass(frozen=True)
 class Side:
@@ -251,9 +255,9 @@ def hull(
     ok = x < size
     for (queries, keys), rule in tables:
         own, other = (keys, queries) if by_key else (queries, keys)
-        mine = _of_own(own, call, b, h, i0, n)
+        mine = of_own(own, call, b, h, i0, n)
         theirs = tuple(
-            of_blocks(ref, _lead(ref, call, b, h), x, ok, block, GRAIN, worst)
+            of_blocks(ref, lead_of(ref, call, b, h), x, ok, block, GRAIN, worst)
             for ref, worst in ((other.least, jnp.minimum), (other.most, jnp.maximum))
         )
         q, k = (theirs, mine) if by_key else (mine, theirs)
@@ -275,12 +279,12 @@ def _ordered(call: Call, q: Any, k: Any) -> jax.Array:
     return ok if left is None else ok & (q[0] - k[1] <= left)
 
 
-def _of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:
+def of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:
     """(least, most) of the n entries from i0."""
 
     def entries(ref: Any) -> list[Any]:
         final = ref.shape[-1] - 1
-        lead = _lead(ref, call, b, h)
+        lead = lead_of(ref, call, b, h)
         grains = [
             jnp.minimum(i0 // GRAIN + r, final) for r in range(max(1, n // GRAIN))
         ]
@@ -292,7 +296,8 @@ def _of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:
     )
 
 
-def _lead(ref: Any, call: Call, b: Any, h: Any) -> tuple[Any, Any]:
+def lead_of(ref: Any, call: Call, b: Any, h: Any) -> tuple[Any, Any]:
+    """Indices into the axes [#B, heads] of an array."""
     return b * i32(ref.shape[0] > 1), h // i32(call.N // ref.shape[1])
 
 
@@ -323,10 +328,15 @@ def holes(
         y, floor = weight(side.first + side.step * x, ok)
         known = jnp.where(y == y, y, jnp.inf)
         top = jnp.maximum(top, jnp.max(jnp.where(ok, known, -jnp.inf)))
-        share = jnp.exp2(y - floor) * entries
+        share = jnp.exp2(y + above(-floor)) * entries
         cuts.append(hole(share, side.count, BUDGET / len(sides)))
     cuts = [(uniform(call, a), uniform(call, b)) for a, b in cuts]
     return _remaining(sides, cuts, top)
+
+
+def above(x: Any) -> jax.Array:
+    """Above x by more than what float32 rounded off it; sums of -1e9 need it."""
+    return x + jnp.minimum(jnp.abs(x), HUGE) * ROUNDING
 
 
 def all_far(sides: tuple[Side, ...]) -> Remaining:

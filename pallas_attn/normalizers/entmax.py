@@ -55,6 +55,16 @@ class Entmax:
     The residual of a call is tau, float32 [B, T, N], +inf where a query sees nothing;
     where alpha is 1, the log-sum-exp.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_attn import dot_product_attention, Entmax
+        >>> query, key = jnp.ones((1, 1, 1)), jnp.array([1.0, 0.2, 0.9, -1.5, 0.4])
+        >>> operands = query, key[:, None, None], jnp.eye(5)[:, None]  # output: weights
+        >>> sparse = Entmax(alpha=2.0)
+        >>> weights = dot_product_attention(*operands, scale=1.0, normalizer=sparse)
+        >>> [round(float(p), 2) for p in weights[0, 0]]
+        [0.55, 0.0, 0.45, 0.0, 0.0]
+
     Sources: Peters et al. (arXiv 1905.05702); Correia et al., alpha learned (arXiv
     1909.00015); Goncalves et al., AdaSplash (arXiv 2502.12082).
     """

@@ -30,6 +30,19 @@ class Softmax:
     """P = exp(t - lse), lse = log sum exp t over the visible keys.
 
     The residual of a call is lse, float32 [B, T, N] in natural units, differentiable.
+
+    Args: none.
+
+    Example:
+        >>> import jax, pallas_attn
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+        >>> output, lse = pallas_attn.dot_product_attention(
+        ...     q, k, v, normalizer=pallas_attn.Softmax(), return_residual=True
+        ... )
+        >>> lse.shape
+        (2, 97, 8)
+
+    Source: Dao et al., FlashAttention (arXiv 2205.14135), for lse and the tiles.
     """
 
 
@@ -56,15 +69,15 @@ def rescaled(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Online softmax: (weights of this tile, factor for what came before, maximum)."""
     new = peak(m, x, row)
-    weights = exp2(exponent(x, (new - row)[:, None], mul, large))
+    weights = relative(x, row, new, mul, exp2, large)
     return weights, exp2((m - new) * mul), new
 
 
-def referred(
-    x: jax.Array, row: jax.Array, reference: jax.Array, mul: float, exp2: Exp2
+def relative(
+    x: jax.Array, row: jax.Array, base: jax.Array, mul: float, exp2: Exp2, large: bool
 ) -> jax.Array:
-    """Weights of a tile relative to 2^reference, which stays as it is."""
-    return exp2(x * mul - (reference - row * mul)[:, None])
+    """Weights of a tile relative to that of the score `base`, [queries]."""
+    return exp2(exponent(x, (base - row)[:, None], mul, large))
 
 
 def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:

@@ -2,6 +2,10 @@
 
     t = scale q.k + b ;  P = softmax of t over the visible keys ;  o = P v
 
+With a soft cap c, c tanh(scale q.k / c) + b is t. Dropout leaves P D in the place of P
+once rows are normalized, D being 0 where `pallas_attn.dropout` says so and else
+1 / (1 - rate).
+
 Everything is float32 (float64 where the query is), its products at full precision
 whatever `precision` says; results are rounded once, to the dtype of their operand.
 """
@@ -18,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, Region
 from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.dropout import dropped, kept_on
 from pallas_attn.visible import allowed, seen, seen_added, weighty
 
 
@@ -60,8 +65,9 @@ def attend_with_written_backward(
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward of the paper: what the kernels compute, densely.
 
-    delta = <do, o> ;  dP = do v^T ;  dT = P (dP - delta + dlse)
-    dq = scale dT k ;  dk = scale dT^T q ;  dv = P^T do ;  db = dT, summed to its shape
+    delta = <do, o> ;  dP = D do v^T ;  dT = P (dP - delta + dlse)
+    dS = dT (1 - tanh^2) of the soft cap ;  db = dT, summed to its shape
+    dq = scale dS k ;  dk = scale dS^T q ;  dv = (P D)^T do
     """
     return attend(query, key, value, added, visibility, call)
 
@@ -81,7 +87,7 @@ def _forward(
 def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
     query, key, value, added, visibility = operands
     row = rows(query, key, value, added, visibility, call)
-    do, dt = logit_cotangents(row, cotangents)
+    do, dt = logit_cotangents(row, cotangents, call)
 
     def bias(added: Added) -> Array:
         zero = jnp.zeros(dt.shape, dt.dtype)
@@ -104,6 +110,7 @@ class Rows(NamedTuple):
     weights: Float[Array, "B N T S"]  # P
     output: Float[Array, "B T N h"]
     lse: Float[Array, "B T N"]
+    keep: Bool[Array, "#B #N T S"] | None  # where D is not 0; None: 1 everywhere
 
 
 def rows(
@@ -123,7 +130,7 @@ def rows(
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
     q, k, v = seen_operands(visible, q, k, v)
     t, _ = _logits(q, k, seen_added(visible, added), visibility, call)
-    return softmax(q, k, v, visible, t)
+    return softmax(q, k, v, visible, t, visibility, call)
 
 
 def widened(
@@ -151,6 +158,8 @@ def softmax(
     v: Float[Array, "B S N h"],
     visible: Bool[Array, "B N T S"],
     t: Float[Array, "B N T S"],
+    visibility: Visibility,
+    call: Call,
 ) -> Rows:
     """From the logits on, whatever they are made of."""
     t = jnp.where(visible, t, -jnp.inf)
@@ -159,21 +168,22 @@ def softmax(
     e = jnp.exp(t - m[..., None])
     l = jnp.where(alive, e.sum(3), 1)
     weights = e / l[..., None]
-    output = einsum("BNTS,BSNh->BTNh", weights, v)
+    keep = kept_on(call, visibility.seed)
+    output = einsum("BNTS,BSNh->BTNh", dropped(call, keep, weights), v)
     output = jnp.where(jnp.swapaxes(alive, 1, 2)[..., None], output, 0)
     lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
-    return Rows(q, k, v, visible, weights, output, jnp.swapaxes(lse, 1, 2))
+    return Rows(q, k, v, visible, weights, output, jnp.swapaxes(lse, 1, 2), keep)
 
 
 def logit_cotangents(
-    row: Rows, cotangents: tuple[Array, Array]
+    row: Rows, cotangents: tuple[Array, Array], call: Call
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B N T S"]]:
     """Those of the output, 0 in empty rows, and of the logits: do and dT."""
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
     do, dlse = (x.astype(row.q.dtype) for x in cotangents)
     do, dlse = jnp.where(alive[..., None], do, 0), jnp.where(alive, dlse, 0)
     delta = (do * row.output).sum(3)
-    dp = einsum("BTNh,BSNh->BNTS", do, row.v)
+    dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
     dt = row.weights * (dp + jnp.swapaxes(dlse - delta, 1, 2)[..., None])
     return do, jnp.where(row.visible, dt, 0)
 
@@ -181,10 +191,13 @@ def logit_cotangents(
 def operand_cotangents(
     row: Rows, do: Float[Array, "B T N h"], ds: Float[Array, "B N T S"], call: Call
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K h"]]:
-    """Those of query, key and value, from those of the output and of scale q.k."""
+    """Those of query, key and value, from those of the output and of the scores."""
+    if call.soft_cap is not None:
+        s = jnp.where(row.visible, scores(row.q, row.k, call), 0)
+        ds = ds * (1 - (s / call.soft_cap) ** 2)
     dq = call.scale * einsum("BNTS,BSNH->BTNH", ds, row.k)
     dk = call.scale * einsum("BNTS,BTNH->BSNH", ds, row.q)
-    dv = einsum("BNTS,BTNh->BSNh", row.weights, do)
+    dv = einsum("BNTS,BTNh->BSNh", dropped(call, row.keep, row.weights), do)
     dk, dv = (_shared_heads(x, call) for x in (dk, dv))
     return dq.astype(call.dtype), dk.astype(call.dtype), dv.astype(call.dtype)
 
@@ -192,8 +205,15 @@ def operand_cotangents(
 def scores(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], call: Call
 ) -> Float[Array, "B N T S"]:
-    """The scaled products s = scale q.k."""
-    return call.scale * einsum("BTNH,BSNH->BNTS", q, k)
+    """The scores s = scale q.k; c tanh(scale q.k / c) where there is a soft cap c."""
+    return capped(call.scale * einsum("BTNH,BSNH->BNTS", q, k), call)
+
+
+def capped(s: Float[Array, "*axes"], call: Call) -> Float[Array, "*axes"]:
+    """Scaled products as the soft cap leaves them."""
+    if call.soft_cap is None:
+        return s
+    return call.soft_cap * jnp.tanh(s / call.soft_cap)
 
 
 def accumulator(call: Call) -> Any:

@@ -1,6 +1,6 @@
 """Co-ALiBi as its formula says: dense, and once with its written backward.
 
-    s = scale q.k ;  g = sigmoid(s) on the visible keys, 0 elsewhere
+    s = scale q.k, soft-capped ;  g = sigmoid(s) on the visible keys, 0 elsewhere
     z_ij = sum_{n >= j} g_in ;  t = s - m z ;  P = softmax of t ;  o = P v
 
 The dtypes and the rounding are those of `reference.attention`. A score s at or below
@@ -73,7 +73,7 @@ def attend_with_written_backward(
 
         dS_ij = dT_ij - m g_ij (1 - g_ij) C_ij    where C_ij = sum_{n <= j} dT_in
         dm    = -sum_ij dT_ij z_ij
-        dq = scale dS k ;  dk = scale dS^T q ;  dv = P^T do
+        dq, dk, dv from dS as there
     """
     return attend(query, key, value, bias, visibility, call)
 
@@ -93,7 +93,7 @@ def _forward(
 def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
     query, key, value, bias, visibility = operands
     row, g, z = rows(query, key, value, bias, visibility, call)
-    do, dt = logit_cotangents(row, cotangents)
+    do, dt = logit_cotangents(row, cotangents, call)
 
     c = jnp.cumsum(dt, 3)
     ds = dt - _slopes(bias, dt.dtype) * g * (1 - g) * c
@@ -129,7 +129,8 @@ def rows(
     g = jnp.where(places, jax.nn.sigmoid(s), 0)
     z = lax.cumsum(g, axis=3, reverse=True)
     t = s - _slopes(bias, s.dtype) * z
-    return softmax(q, k, v, places & weighty(lax.stop_gradient(t)), t), g, z
+    visible = places & weighty(lax.stop_gradient(t))
+    return softmax(q, k, v, visible, t, visibility, call), g, z
 
 
 def _slopes(bias: CoALiBi, dtype: Any) -> Float[Array, "#B #N 1 1"]:

@@ -42,6 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Added, spread
 from pallas_attn.call import Call, Visibility
+from pallas_attn.dropout import dropped
 from pallas_attn.reference import attention
 from pallas_attn.reference.attention import (
     accumulator,
@@ -107,8 +108,8 @@ def attend_with_written_backward(
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward written out: what the kernels compute, densely.
 
-    dP = do v^T ;  delta = <u, dP> / sum u ;  dT = u (dP - delta + a dtau / sum u)
-    dq = scale dT k ;  dk = scale dT^T q ;  dv = P^T do ;  db = dT, summed to its shape
+    dP = D do v^T ;  delta = <u, dP> / sum u ;  dT = u (dP - delta + a dtau / sum u)
+    dq, dk, dv, db from dT and P D as in `reference.attention`
     dalpha = sum_ij p h (dP - delta) + dtau (<u, t> - sum p log p) / sum u
 
     Where alpha is 1 the residual is the log-sum-exp, of which dT has u dlse / sum u and
@@ -141,7 +142,7 @@ def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any
     p, a = row.weights, exponents(alpha, call) - 1
     u = slopes(p, a)
     total = _total(u)
-    dp = einsum("BTNh,BSNh->BNTS", do, row.v)
+    dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
     delta = (u * dp).sum(3, keepdims=True) / total
     dt = u * (dp - delta + jnp.where(a == 0, 1, a) * dtau / total)
     dt = jnp.where(row.visible, dt, 0)
@@ -199,7 +200,7 @@ def rows(
     t = jnp.where(largest(lax.stop_gradient(t), call.top_k), t, -jnp.inf)
 
     p, residual = entmax(t, exponents(alpha, call))
-    output = einsum("BNTS,BSNh->BTNh", p, row.v)
+    output = einsum("BNTS,BSNh->BTNh", dropped(call, row.keep, p), row.v)
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)
     output = jnp.where(alive[..., None], output, 0)
     lse = jnp.swapaxes(residual[..., 0], 1, 2)

@@ -26,6 +26,7 @@ from pallas_attn.bias.base import (
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
@@ -134,6 +135,15 @@ def _slopes(key: Array, shape: tuple[int, ...], first: float) -> Array:
     return first + 0.8 * jax.random.uniform(key, shape, jnp.float32)
 
 
+def forget_gate(form: str = "BSN", shift: float = 1.0) -> Callable[[Array, Shape], Any]:
+    """Samples a forget gate of a form; a larger shift forgets less."""
+
+    def sample(key: Array, s: Shape) -> Bias:
+        return ForgetGate(jax.nn.log_sigmoid(2 * normal(key, *s.sizes(form)) + shift))
+
+    return sample
+
+
 def added(*samples: Callable[[Array, Shape], Any]) -> Callable[[Array, Shape], Bias]:
     """Samples the sum of several biases."""
 
@@ -196,6 +206,10 @@ BIASES: dict[str, Callable[[Array, Shape], Any]] = {
     "squared distance": squared_distance,
     "saturating": saturating,
     "saturating-with alibi": added(saturating, alibi()),
+    "forget gate": forget_gate(),
+    "forget gate-1S1": forget_gate("1S1"),
+    "forget gate-BS1": forget_gate("BS1", 4.0),
+    "forget gate-with alibi dense": added(forget_gate("1SN"), alibi(), dense("B11S")),
     "co_alibi": co_alibi(),
     "co_alibi-1N": co_alibi("1N"),
     "co_alibi-BN": co_alibi("BN"),
@@ -286,6 +300,13 @@ def _together(
     return sample
 
 
+def _dropout(rate: float) -> Callable[[Array, Shape], dict[str, Any]]:
+    return lambda key, s: {
+        "dropout_rate": rate,
+        "dropout_rng": jax.random.key_data(key),
+    }
+
+
 _causal = _settings(is_causal=True)
 SITUATIONS: dict[str, Situation] = {
     "full": Situation(),
@@ -338,6 +359,16 @@ SITUATIONS: dict[str, Situation] = {
             _segments,
             _mask("B1TS"),
             _settings(is_causal=True, query_offset=9, local_window_size=(25, 4)),
+        ),
+    ),
+    "soft cap": Situation(sample=_settings(logits_soft_cap=0.9, is_causal=True)),
+    "dropout": Situation(sample=_dropout(0.3)),
+    "dropout GQA soft cap": Situation(
+        {"N": 4, "K": 2},
+        _together(
+            _dropout(0.1),
+            _lengths,
+            _settings(is_causal=True, logits_soft_cap=1.5, scale=0.4),
         ),
     ),
 }

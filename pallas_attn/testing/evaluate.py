@@ -154,18 +154,28 @@ def true_gradients(case: Case, residual: bool = True) -> Any:
     return truth(case.sample(), residual=residual)
 
 
-def textbook(operands: dict[str, Any]) -> Any:
+def textbook(
+    operands: dict[str, Any],
+    cap: Callable[[Array], Array] = lambda scores: scores,
+    drop: Callable[[Array], Array] = lambda weights: weights,
+) -> Any:
     """Causal attention as XLA computes it in the operands' own precision.
 
     As `jax.nn` writes it: products of 16-bit operands accumulated in float32, softmax
     (or what `normalizer` says) in float32, weights rounded before they meet the values.
     (`jax.nn` itself does not run in float16 on a CPU.)
+
+    Args:
+        operands: Of a `Sample`.
+        cap: What a soft cap makes of the scaled products.
+        drop: What dropout makes of the weights.
     """
     query, value = operands["query"], operands["value"]
     value = jnp.repeat(value, query.shape[2] // value.shape[2], 2)
     scores, seen = _causal_scores(operands)
-    t = jnp.where(seen, scores + causal_bias(operands), -jnp.inf)
-    weights = _weights(t, operands.get("normalizer", Softmax())).astype(value.dtype)
+    t = jnp.where(seen, cap(scores) + causal_bias(operands), -jnp.inf)
+    weights = drop(_weights(t, operands.get("normalizer", Softmax())))
+    weights = weights.astype(value.dtype)
     out = jnp.einsum(
         "BNTS,BSNh->BTNh", weights, value, preferred_element_type=jnp.float32
     )

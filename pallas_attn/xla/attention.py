@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, homes, Region
 from pallas_attn.call import Call, Visibility
+from pallas_attn.dropout import dropped, kept_on
+from pallas_attn.reference.attention import capped
 from pallas_attn.visible import allowed, seen_added, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
@@ -39,7 +41,7 @@ LogitsOf = Callable[[Array, Array, Added, Region], Logits]
 class Weights(NamedTuple):
     """What a chunk's values are summed with, and what is made of the sums."""
 
-    e: Float[Array, "B N T S"]
+    e: Float[Array, "B N T S"]  # before dropout
     output: Callable[[Array], Array]  # of e v, [B, N, T, h]
     residual: Callable[[], Array]  # [B, N, T, 1]
 
@@ -126,6 +128,7 @@ def in_chunks(
                 logits,
                 weights,
                 cut(alpha, "BN", place),
+                first=at,
             )
 
         return lax.map(chunk, starts)
@@ -180,6 +183,7 @@ def _attend(
     logits: LogitsOf,
     weights: WeightsOf,
     alpha: Float[Array, "#B #N"] | None,
+    first: tuple[Array, Array, Array],  # batch entry, query and key of the chunk
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
     precision = call.precision
@@ -201,7 +205,7 @@ def _attend(
     scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
     # a row's NaN meets its scores here: a product would spread it over gradients of
     # keys even where a bias hides all of the row
-    scores = scores + jnp.where(unknown, jnp.nan, 0)
+    scores = capped(scores + jnp.where(unknown, jnp.nan, 0), call)
 
     queries, keys = visibility.query_positions, visibility.key_positions
     assert queries is not None
@@ -211,6 +215,7 @@ def _attend(
     t = jnp.where(visible, t, -jnp.inf)
 
     e, output, residual = weights(Logits(t, visible, shift), alpha)
+    e = dropped(call, kept_on(call, visibility.seed, first), e)
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
     o = output(o.reshape(*pairs[:3], call.h)).astype(query.dtype)
     of_rows = residual()

@@ -89,7 +89,7 @@ def reach(
 def may_hide(call: Call, visibility: Visibility) -> bool:
     """Whether there may be a key that no query sees."""
     arrays = dataclasses.replace(
-        visibility, offset=None, query_positions=None, key_positions=None
+        visibility, offset=None, query_positions=None, key_positions=None, seed=None
     )
     if arrays != Visibility():
         return True
@@ -175,4 +175,5 @@ def cut_visibility(visibility: Visibility, call: Call, place: Place) -> Visibili
         query_segments=cut(visibility.query_segments, "BT", place),
         key_segments=cut(visibility.key_segments, "BS", place),
         mask=cut(mask, "BNTS", place),
+        seed=visibility.seed,
     )

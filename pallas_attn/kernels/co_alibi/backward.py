@@ -19,8 +19,10 @@ from pallas_attn.call import Call
 from pallas_attn.kernels.co_alibi.operands import Operands, Saved
 from pallas_attn.kernels.co_alibi.plan import key_tile, Plan, query_tile
 from pallas_attn.kernels.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
+from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.instructions import exp2, uniform
 from pallas_attn.kernels.owner import key_runs, query_runs
+from pallas_attn.kernels.scores import dots, uncapped
 from pallas_attn.kernels.tile import (
     at_keys,
     at_queries,
@@ -54,7 +56,7 @@ def rows_kernel(
         dq, c, gc, pz, z = state
         t = at_keys(t0, j, 0, edge)
         k, v = t.keys(ops.k), t.keys(ops.v)
-        s, visible = t.dot(q, k.T), t.visible
+        (s, bent), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
         z = add(z, -jnp.sum(g, 1))
         right = z[0] + z[1]
@@ -63,12 +65,15 @@ def rows_kernel(
         inside = sums.suffix(g)
         x = (s * mul - e[:, None]) - slope.log2 * inside
         p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
-        dt = score_gradient(p, t.dot(do, v.T), delta[:, None])
+        dp, drop = t.dot(do, v.T), drop_on(t)
+        dp = dp if drop is None else drop(dp * rescale(call))
+        dt = score_gradient(p, dp, delta[:, None])
         if visible is not None:
             dt = jnp.where(visible, dt, 0.0)
         pz = pz + jnp.sum(p * inside, 1) + right * jnp.sum(p, 1)
         weighed = g * (c[:, None] + sums.prefix(dt))
         ds = dt - (slope.m - slope.m * g) * weighed
+        ds = ds if bent is None else uncapped(t, ds, bent, visible)
         dq = dq + t.dot(ds.astype(k.dtype), t.seen_keys(visible, k))
         return dq, c + jnp.sum(dt, 1), gc + jnp.sum(weighed, 1), pz, z
 
@@ -119,7 +124,7 @@ def cols_kernel(
             e, c = (t.carry(carry, (*lead, j), which) for which in (0, 1))
             # What rows did not write is whatever was there.
             first = load_number(saved.first, (t.b, h, i // ratio))
-            s, visible = t.dot(k, q.T), t.visible
+            (s, bent), visible = dots(t, q, k, [], []), t.visible
             real = t.inside_rows() & (first <= j)
             if visible is not None:
                 real = real & (jnp.max(visible.astype(i32), 0) > 0)
@@ -127,11 +132,15 @@ def cols_kernel(
             g = gates(t, s, visible)
             x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
-            dt = score_gradient(p, t.dot(v, do.T), delta[None, :])
+            dp, drop = t.dot(v, do.T), drop_on(t)
+            dp = dp if drop is None else drop(dp * rescale(call))
+            dt = score_gradient(p, dp, delta[None, :])
             if visible is not None:
                 dt = jnp.where(visible, dt, 0.0)
             weighed = g * (c[None, :] + sums.prefix(dt))
             ds = dt - (slope.m - slope.m * g) * weighed
+            ds = ds if bent is None else uncapped(t, ds, bent, visible)
+            p = p if drop is None else drop(p)
             q, do = t.seen_queries(visible, q), t.seen_queries(visible, do)
             dk = dk + t.dot(ds.astype(q.dtype), q)
             return dk, dv + t.dot(p.astype(do.dtype), do)
@@ -151,6 +160,7 @@ def cols_kernel(
     else:
         dk, dv = lax.fori_loop(x0.h, x0.h + call.G, of_head, state)
     x0.put_keys(out["dk"], x0.keep_keys(dk * call.scale))
+    dv = dv * rescale(call) if call.dropout else dv
     x0.put_keys(out["dv"], x0.keep_keys(dv))
 
 

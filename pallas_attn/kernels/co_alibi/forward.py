@@ -14,10 +14,11 @@ from pallas_attn.kernels import walk
 from pallas_attn.kernels.co_alibi.operands import Operands
 from pallas_attn.kernels.co_alibi.plan import Plan, query_tile
 from pallas_attn.kernels.co_alibi.scan import add, gates, Slope, Sums, Triangles
+from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.instructions import exp2, uniform
 from pallas_attn.kernels.owner import key_runs
 from pallas_attn.kernels.ranges import covers
-from pallas_attn.kernels.scores import squared_norm
+from pallas_attn.kernels.scores import dots, squared_norm
 from pallas_attn.kernels.tile import at_keys, store_number, Tile, zeros
 from pallas_attn.kernels.visible import GRAIN
 from pallas_attn.normalizers.softmax import LOG2E, lowest
@@ -55,7 +56,7 @@ def forward_kernel(
     def step(t: Tile, state: Any, online: bool) -> Any:
         acc, u, l, z = state
         k, v = t.keys(ops.k), t.keys(ops.v)
-        s, visible = t.dot(q, k.T), t.visible
+        (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
         beside = slope.log2 * sums.suffix(g)
         base = u + slope.falls * z[0]
@@ -71,7 +72,9 @@ def forward_kernel(
             x = (s * mul - base[:, None]) - beside
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         total = jnp.sum(g, 1)
-        acc = acc + t.dot(p.astype(v.dtype), t.seen_keys(visible, v))
+        drop = drop_on(t)
+        kept = p if drop is None else drop(p)
+        acc = acc + t.dot(kept.astype(v.dtype), t.seen_keys(visible, v))
         return acc, u + slope.grows * total, l + jnp.sum(p, 1), add(z, total)
 
     def leftwards(end: Any, edge: bool, online: bool) -> Any:
@@ -93,6 +96,8 @@ def forward_kernel(
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
+    if call.dropout:
+        acc = acc * rescale(call)
     dead = l == 0
     t0.put_rows(out["o"], acc / jnp.where(dead, 1.0, l)[:, None])
     u = jnp.where(dead, jnp.inf, u + jnp.log2(l))

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.entmax.operands import Cotangents
 from pallas_attn.kernels.entmax.support import Support
 from pallas_attn.kernels.operands import Operands
@@ -52,7 +53,9 @@ def alpha_kernel(
         m, level = (stats.m - row)[:, None], stats.level[:, None]
         by_alpha = power.by_alpha(x, m, level, call.scale)
         _, u = power.weights(x, m, level, call.scale)
-        beyond = t.dot(do, v.T) - stats.delta[:, None]
+        dp, drop = t.dot(do, v.T), drop_on(t)
+        dp = dp if drop is None else drop(dp * rescale(call))
+        beyond = dp - stats.delta[:, None]
         return (
             total + jnp.sum(jnp.where(by_alpha == 0, 0.0, by_alpha * beyond), 1),
             by_u + jnp.sum(jnp.where(u == 0, 0.0, u * beyond), 1),

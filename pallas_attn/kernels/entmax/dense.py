@@ -104,7 +104,7 @@ def _slots(ops: Operands, alpha: Any, call: Call, p: Plan) -> dict[str, Array]:
     return launch(
         slots_kernel,
         grid.shape,
-        (ops, alpha, passes.norms(ops, call, p)),
+        (ops, alpha, passes.grains(ops, call, p)),
         outputs,
         call,
         block_of(call, p, "forward"),

@@ -51,7 +51,7 @@ Take = Callable[[jax.Array, Tile], jax.Array]
 def list_candidates_kernel(
     ops: Operands,
     alpha: Any,
-    norms: Any,
+    grains: Any,
     out: dict[str, Any],
     *,
     call: Call,
@@ -61,10 +61,10 @@ def list_candidates_kernel(
     """The bound of each row, and the keys at or above it as words of bits."""
     t0 = row_tile(ops.sight, call, cut)
     power = power_of(call, alpha, t0.b, t0.h)
-    slots = fill(t0, ops, norms, power, plan)
+    slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
     bound = bound_of(slots, level, power, call)
-    within = blocks_above(slots.sweep, norms, bound) if plan.pruned else None
+    within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
     scores = whole(slots.sweep)
     words, keys = collect(t0, scores, lambda x, _: ~(x < bound[:, None]), out, within)
     t0.put_stat(out["m"], slots.m)
@@ -121,14 +121,14 @@ def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
 
 
 def blocks_above(
-    sweep: Sweep, norms: Any, bound: jax.Array
+    sweep: Sweep, grains: Any, bound: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The range of key blocks that may have a score above the least bound of a row."""
     t0, call = sweep.t0, sweep.t0.call
     size = pl.cdiv(call.S, t0.bk)
     j = jnp.arange(max(2, pl.next_power_of_2(size)), dtype=i32)
     reach = reach_of(call, sweep.q, sweep.qs)
-    most = largest_scores(t0, sweep.ops, sweep.held, norms, reach, j, j < size)
+    most = largest_scores(t0, sweep.ops, sweep.held, grains, reach, j, j < size)
     floor = jnp.min(jnp.where(t0.inside_rows(), bound, jnp.inf))
     may = ~(most < floor * (call.scale * LOG2E)) & (j < size)
     first = uniform(call, jnp.min(jnp.where(may, j, size)))

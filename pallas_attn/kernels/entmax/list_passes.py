@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.dropout import Drop, drop_pairs, rescale
 from pallas_attn.kernels.entmax.list_pairs import (
     gather,
     gather_vectors,
@@ -26,7 +28,7 @@ from pallas_attn.kernels.instructions import uniform
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import frame_of
 from pallas_attn.kernels.plan import Plan
-from pallas_attn.kernels.scores import times
+from pallas_attn.kernels.scores import capped, times
 from pallas_attn.kernels.terms import hold, on_tile, pullback
 from pallas_attn.kernels.tile import load_number, Tile
 from pallas_attn.kernels.visible import Sight
@@ -69,10 +71,15 @@ def list_output_kernel(
     t0 = row_tile(sight, call, cut)
 
     def add(first: Any, t: Pairs, acc: jax.Array) -> jax.Array:
-        p = listed(t0, lists.p, first, t0.bk, t.ok)
+        p, drop = listed(t0, lists.p, first, t0.bk, t.ok), _drop(t)
+        p = p if drop is None else drop(p * rescale(call))
         return acc + p[:, :, None] * t.keys(v)
 
     t0.put_rows(out, jnp.sum(over_lists(t0, lists, add, _vectors(t0, v)), 1))
+
+
+def _drop(t: Pairs) -> Drop | None:
+    return drop_pairs(t, t.query, t.key)
 
 
 def list_delta_kernel(
@@ -101,7 +108,8 @@ def list_delta_kernel(
 
     def add(first: Any, t: Pairs, state: Any) -> Any:
         u = listed(t0, lists.u, first, t0.bk, t.ok)
-        dp = jnp.sum(rows * t.keys(v), 2)
+        dp, drop = jnp.sum(rows * t.keys(v), 2), _drop(t)
+        dp = dp if drop is None else drop(dp * rescale(call))
         dp = jnp.where(t.ok, dp, 0.0)
         put_listed(t0, out["dp"], first, dp, t.ok)
         new = {"u": u, "u dp": u * dp}
@@ -157,11 +165,13 @@ def list_rows_kernel(
 ) -> None:
     """The scores' gradients u (dP - delta), dq, the query side of products, fields.
 
-    Of a field along queries and keys, its gradient for every entry.
+    Under a soft cap also those of q.k in them, where somebody asks. Of a field along
+    queries and keys, its gradient for every entry.
     """
     t0 = row_tile(ops.sight, call, cut)
     delta, products = t0.stat(stats["delta"])[:, None], ops.added.products
     held = hold(ops.added, t0, ("", "q"))
+    q = None if call.soft_cap is None else t0.rows(ops.q).astype(f32)[:, None, :]
     mine = plan.row_fields + tuple(out["pairs"])
 
     def add(first: Any, t: Any, state: Any) -> Any:
@@ -179,8 +189,14 @@ def list_rows_kernel(
             },
             "fields": {f: y + grads[f] for f, y in state["fields"].items()},
         }
-        if "dq" in state:
-            new["dq"] = state["dq"] + ds[:, :, None] * t.keys(ops.k)
+        if "dq" in state or "dqk" in out:
+            k, dqk = t.keys(ops.k), ds
+            if q is not None:
+                dqk = ds * capped(call, jnp.sum(q * k, 2))[1]
+            if "dqk" in out:
+                put_listed(t0, out["dqk"], first, dqk, t.ok)
+            if "dq" in state:
+                new["dq"] = state["dq"] + dqk[:, :, None] * k
         return new
 
     state: Any = {
@@ -248,20 +264,25 @@ def list_cols_kernel(
 
             new = {}
             if "dv" in state:
-                p = placed(gather(entries["p"], (entry,), ok))
+                p, pairs = gather(entries["p"], (entry,), ok), replace(x0, h=h)
+                drop = drop_pairs(pairs, query, key)
+                p = placed(p if drop is None else drop(p * rescale(call)))
                 rows = vectors(do)
                 new["dv"] = state["dv"] + x0.dot(p.astype(rows.dtype), rows)
             if "ds" not in entries:
                 return state | new
             ds = gather(entries["ds"], (entry,), ok)
 
-            def add(x: jax.Array, y: jax.Array) -> jax.Array:
+            def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
                 return x + times(x0, placed(ds), y, ops.q.dtype)
 
             if "dk" in state:
-                new["dk"] = add(state["dk"], vectors(ops.q))
+                dqk = ds
+                if "dqk" in entries:
+                    dqk = gather(entries["dqk"], (entry,), ok)
+                new["dk"] = add(state["dk"], vectors(ops.q), dqk)
             new["db"] = {
-                x: add(y, vectors(products[x][0])) for x, y in state["db"].items()
+                x: add(y, vectors(products[x][0]), ds) for x, y in state["db"].items()
             }
             new["fields"] = state["fields"]
             if plan.col_fields:

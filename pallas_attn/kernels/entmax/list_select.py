@@ -20,6 +20,7 @@ from pallas_attn.kernels.entmax.list_pairs import (
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import WORD
 from pallas_attn.kernels.operands import Operands
+from pallas_attn.kernels.scores import capped
 from pallas_attn.kernels.terms import hold, on_tile, parts
 from pallas_attn.kernels.visible import Sight
 from pallas_attn.normalizers.entmax import newton
@@ -57,7 +58,7 @@ def list_scores_kernel(
 
     def score(t: Any) -> tuple[jax.Array, jax.Array]:
         """(x, row): without and of what a whole row has, in units of q.k."""
-        x = jnp.sum(q * t.keys(ops.k), 2)
+        x, _ = capped(call, jnp.sum(q * t.keys(ops.k), 2))
         for a, (_, b) in zip(qs, products, strict=True):
             x = x + jnp.sum(a * t.keys(b), 2)
         row, rest = parts(on_tile(ops.added, t, held), t)

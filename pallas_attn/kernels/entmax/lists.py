@@ -43,7 +43,7 @@ from pallas_attn.kernels.entmax.list_select import (
 )
 from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.operands import Operands, Wanted
-from pallas_attn.kernels.passes import columns_of, norms
+from pallas_attn.kernels.passes import columns_of, grains
 from pallas_attn.kernels.plan import Plan
 from pallas_attn.kernels.terms import fields, is_identity
 from pallas_attn.kernels.visible import Sight
@@ -139,7 +139,7 @@ def candidates(
         "bound": _per_row(call, f32),
         "keys": _per_row(call, i32),
     }
-    inputs = (ops, alpha, norms(ops, call, p))
+    inputs = (ops, alpha, grains(ops, call, p))
     out = _run(list_candidates_kernel, inputs, lists | rows, call, block, plan=p)
     if call.top_k is None:
         return out
@@ -199,7 +199,7 @@ def backward(
     if scores:
         made = _rows(ops, lists, stats, wanted, call, p)
         result["rows"] = {x: made[x] for x in ("dq", "da", "fields") if x in made}
-        entries["ds"] = made["ds"]
+        entries |= {name: made[name] for name in ("ds", "dqk") if name in made}
         result["pairs"] = {
             f: _spread(made["pairs"].get(f, made["ds"]), lists, arrays[f], call)
             for f in p.tile_fields
@@ -244,6 +244,8 @@ def _rows(
     }
     if wanted.q:
         outputs["dq"] = like(ops.q)
+    if wanted.k and call.soft_cap is not None:
+        outputs["dqk"] = like(lists.p)
     inputs = (ops, _refs(lists), {x: stats[x] for x in ("dp", "delta")})
     block = gather_block(_widest(ops))
     return _run(list_rows_kernel, inputs, outputs, call, block, plan=p)

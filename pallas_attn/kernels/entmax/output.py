@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import mark, Support
 from pallas_attn.kernels.entmax.sweep import sweep_of
@@ -59,11 +60,13 @@ def output_kernel(
         x, row, visible = sweep.scores(t)
         p, u = power.weights(x, (m - row)[:, None], level[:, None], call.scale)
         v, more = t.seen_keys(visible, t.keys(v_ref)), jnp.sum(u, 1)
+        drop = drop_on(t)
+        kept_p, kept_u = (p, u) if drop is None else (drop(p), drop(u))
         return (
             p_sum + jnp.sum(p, 1),
             u_sum + more,
-            p_v + t.dot(p.astype(v.dtype), v),
-            u_v + t.dot(u.astype(v.dtype), v),
+            p_v + t.dot(kept_p.astype(v.dtype), v),
+            u_v + t.dot(kept_u.astype(v.dtype), v),
             mark(bits, t.k0 // i32(t.bk), more) if words else bits,
         )
 
@@ -95,6 +98,8 @@ def output_kernel(
     state = lax.while_loop(lambda s: s[6] > 0, again, state)
     level, step, (p, u, p_v, u_v), bits, visits, _, _ = state
     u = jnp.maximum(u, TINY)
+    if call.dropout:
+        p_v, u_v = p_v * rescale(call), u_v * rescale(call)
     first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
     t0.put_rows(out["o"], p_v - first_order[:, None] * u_v)
     t0.put_rows(out["o2"], u_v / u[:, None])

@@ -45,7 +45,7 @@ class Slots(NamedTuple):
 def slots_kernel(
     ops: Operands,
     alpha: Any,
-    norms: Any,
+    grains: Any,
     out: dict[str, Any],
     *,
     call: Call,
@@ -59,21 +59,21 @@ def slots_kernel(
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
     power = power_of(call, alpha, t0.b, t0.h)
-    slots = fill(t0, ops, norms, power, plan)
+    slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
     t0.put_stat(out["m"], slots.m)
     t0.put_stat(out["level"], level)
     t0.put_stat(out["r"], r)
     if words:
-        bits = above_threshold(slots, level, norms, power, words)
+        bits = above_threshold(slots, level, grains, power, words)
         store_row(out["bits"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), bits)
 
 
 def above_threshold(
-    slots: Slots, level: jax.Array, norms: Any, power: Power | Learned, words: int
+    slots: Slots, level: jax.Array, grains: Any, power: Power | Learned, words: int
 ) -> jax.Array:
     """The bits of the key blocks that hold a score above the threshold of its row."""
-    m, sweep = slots.m, slots.sweep.above(slots.m, level, norms, power)
+    m, sweep = slots.m, slots.sweep.above(slots.m, level, grains, power)
     least = m - power.reach(level) / sweep.t0.call.scale
 
     def look(t: Tile, bits: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def above_threshold(
 
 
 def fill(
-    t0: Tile, ops: Operands, norms: Any, power: Power | Learned, plan: Plan
+    t0: Tile, ops: Operands, grains: Any, power: Power | Learned, plan: Plan
 ) -> Slots:
     """Sweep over the keys of a query block, all but those that a bound rules out.
 
@@ -106,7 +106,7 @@ def fill(
     tops = sweep.near_loop(keep, (empty, empty))
     if plan.pruned:
         m = jnp.max(tops[0], 1)
-        sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), norms, power)
+        sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), grains, power)
     tops = sweep.far_loop(keep, tops)
     m = jnp.max(tops[0], 1)
     some = t0.inside_rows() & ~(m <= lowest(t0.call.scale))

@@ -22,7 +22,6 @@ from pallas_attn.normalizers.entmax import Learned, Power
 from pallas_attn.normalizers.softmax import LOG2E
 
 
-f32 = jnp.float32
 i32 = jnp.int32
 
 Body = Callable[[Tile, Any], Any]
@@ -45,7 +44,7 @@ class Sweep:
         return row_scores(t, self.q, self.qs, self.ops.k, self.ops.added, self.held)
 
     def above(
-        self, m: jax.Array, level: jax.Array, norms: Any, power: Power | Learned
+        self, m: jax.Array, level: jax.Array, grains: Any, power: Power | Learned
     ) -> Sweep:
         """Without the far blocks whose bound is below every row's threshold.
 
@@ -53,12 +52,12 @@ class Sweep:
         """
         t0 = self.t0
         least = m * (t0.call.scale * LOG2E) - power.reach(level) * LOG2E
-        floor = jnp.min(jnp.where(t0.inside_rows(), least, jnp.inf))
+        floor = -walk.above(-jnp.min(jnp.where(t0.inside_rows(), least, jnp.inf)))
         reach = reach_of(t0.call, self.q, self.qs)
 
         def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
-            most = largest_scores(t0, self.ops, self.held, norms, reach, j, ok)
-            return jnp.where(most < floor, -jnp.inf, jnp.inf), f32(0)
+            most = largest_scores(t0, self.ops, self.held, grains, reach, j, ok)
+            return jnp.where(most < floor, -jnp.inf, jnp.inf), jnp.zeros_like(most)
 
         blocks = pl.cdiv(t0.call.S, t0.bk)
         far = walk.holes(t0.call, self.near.sides, blocks, t0.bk, weight)

@@ -1,0 +1,220 @@
+"""Biases of low rank: learned, neural, and squared distances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from pallas_attn.bias.builders import squared_distance_factors
+from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.checks.rules import known, wrong_shape
+from pallas_attn.linen.bias import at_positions, BiasContext, BiasModule, coordinates
+from pallas_attn.linen.neural_factors import NeuralFactors
+
+
+class LearnedFactoredBias(BiasModule):
+    """A learned bias of rank R: b_ij = sum_r q_factor[i, n, r] k_factor[j, n, r].
+
+    i and j are positions. Its memory is (T + S) N R, whatever T S is. The factors of
+    keys start at 0, and with them the bias.
+
+    Args:
+        rank: R.
+        max_length: Positions are 0..max_length - 1.
+        shared: Whether heads share one bias.
+        q_factor_init: Of the parameter "q_factor", [max_length, #N, R].
+        k_factor_init: Of the parameter "k_factor", [max_length, #N, R].
+        param_dtype: Of the parameters.
+
+    Returns:
+        Of a call with a `BiasContext`: a `FactoredBias`.
+
+    Raises:
+        ValueError: if a position is known to lie outside. One that is not known makes
+            the rows and keys of that token NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_attn.linen import LearnedFactoredBias, MultiHeadAttention
+        >>> bias = LearnedFactoredBias(rank=4, max_length=16)
+        >>> layer = MultiHeadAttention(num_heads=2, bias=bias)
+        >>> params = layer.init(jax.random.key(0), jnp.ones((1, 5, 8)))["params"]
+        >>> params["bias"]["q_factor"].shape
+        (16, 2, 4)
+
+    Source: FlashBias (arXiv 2505.12044), learned positional biases.
+    """
+
+    rank: int
+    max_length: int
+    shared: bool = False
+    q_factor_init: Any = nn.initializers.normal(1.0)
+    k_factor_init: Any = nn.initializers.zeros_init()
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, context: BiasContext) -> FactoredBias:
+        """The factors of the call's positions."""
+        heads = 1 if self.shared else context.num_heads
+        shape = (self.max_length, heads, self.rank)
+        self._check(context)
+        q = self.param("q_factor", self.q_factor_init, shape, self.param_dtype)
+        k = self.param("k_factor", self.k_factor_init, shape, self.param_dtype)
+        if isinstance(context.offset, int):
+            first, ones = context.offset, (1,) * len(context.batch)
+            sides = q[first : first + context.T], k[: context.S]
+            return FactoredBias(*(x.reshape(*ones, *x.shape) for x in sides))
+        return FactoredBias(
+            at_positions(q, context.query_positions),
+            at_positions(k, context.key_positions),
+        )
+
+    def _check(self, context: BiasContext) -> None:
+        """Positions that are known have a row; those of padding in a cache may not."""
+        if context.offset is not None and self.max_length < context.S:
+            raise ValueError(
+                f"`max_length` must be at least the {context.S} positions of the keys; "
+                f"got {self.max_length}. Make the bias for the longest input."
+            )
+        if isinstance(context.offset, int):
+            ends = {"query_offset": (context.offset, context.offset + context.T - 1)}
+        else:
+            ends = {
+                name: (int(found.min()), int(found.max()))
+                for name in ("query_positions", "key_positions")
+                if not context.decode
+                and (found := known(getattr(context, name))) is not None
+                and found.size
+            }
+        for name, (first, last) in ends.items():
+            if first < 0 or last >= self.max_length:
+                raise ValueError(
+                    f"`{name}` must keep positions in 0..max_length - 1 = "
+                    f"{self.max_length - 1}; got {first}..{last}. Make the bias for "
+                    "the longest input."
+                )
+
+
+class NeuralFactoredBias(BiasModule):
+    """A bias of rank R whose factors are networks: b_ij = sum_r f(x_i)_nr g(y_j)_nr.
+
+    The layer's call takes x, y as `query_coordinates` [*#B, T, d] and `key_coordinates`
+    [*#B, S, d] (in self-attention those of the queries). `NeuralFactors.fit` makes
+    parameters that stand for a known bias; they are this module's "factors".
+
+    Args:
+        rank: R.
+        hidden: The widths of the hidden layers, of each side.
+        position_unit: Read positions instead: how many make a distance of 1.
+
+    Returns:
+        Of a call with a `BiasContext`: a `FactoredBias`.
+
+    Raises:
+        ValueError: if coordinates are missing, or a shape is wrong.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_attn.linen import MultiHeadAttention, NeuralFactoredBias
+        >>> layer = MultiHeadAttention(num_heads=2, bias=NeuralFactoredBias(rank=4))
+        >>> x, mesh = jnp.ones((3, 5, 8)), jnp.ones((3, 5, 2))
+        >>> layer.init_with_output(
+        ...     jax.random.key(0), x, query_coordinates=mesh
+        ... )[0].shape
+        (3, 5, 8)
+
+    Source: FlashBias (arXiv 2505.12044), neural decomposition.
+    """
+
+    rank: int
+    hidden: tuple[int, ...] = (64, 64)
+    position_unit: float | None = None
+
+    reads = ("coordinates",)
+
+    @nn.compact
+    def __call__(self, context: BiasContext) -> FactoredBias:
+        """The factors at the call's points."""
+        points = coordinates(context, self.position_unit)
+        networks = NeuralFactors(
+            context.num_heads, self.rank, self.hidden, name="factors"
+        )
+        return _aligned(networks(*points), context)
+
+
+class SquaredDistanceBias(BiasModule):
+    """A penalty on squared distances: b_ij = -w_n |x_i - y_j|^2.
+
+    The layer's call takes the points x, y as `query_coordinates` [*#B, T, d] and
+    `key_coordinates` [*#B, S, d] (in self-attention those of the queries). Learned
+    weights are exp(log_weights): they stay penalties.
+
+    Args:
+        weights: Fixed weights or the first ones, [N]; None: 1. A tuple keeps the module
+            hashable.
+        learned: Whether they are the parameter "log_weights", float32 [N].
+        position_unit: Read positions instead: how many make a distance of 1.
+
+    Returns:
+        Of a call with a `BiasContext`: a `FactoredBias` of rank d + 2.
+
+    Raises:
+        ValueError: if coordinates are missing, a shape is wrong, or a learned weight
+            is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_attn.linen import MultiHeadAttention, SquaredDistanceBias
+        >>> layer = MultiHeadAttention(num_heads=2, bias=SquaredDistanceBias())
+        >>> x, mesh = jnp.ones((3, 5, 8)), jnp.ones((3, 5, 2))
+        >>> layer.init_with_output(
+        ...     jax.random.key(0), x, query_coordinates=mesh
+        ... )[0].shape
+        (3, 5, 8)
+
+    Source: FlashBias (arXiv 2505.12044), neural solvers of PDEs.
+    """
+
+    weights: Any = None
+    learned: bool = True
+    position_unit: float | None = None
+
+    reads = ("coordinates",)
+
+    @nn.compact
+    def __call__(self, context: BiasContext) -> FactoredBias:
+        """The factors of the call's points."""
+        points = coordinates(context, self.position_unit)
+        bias = squared_distance_factors(*points, self._weights(context.num_heads))
+        return _aligned(bias, context)
+
+    def _weights(self, num_heads: int) -> Array:
+        weights = jnp.asarray(1.0 if self.weights is None else self.weights)
+        weights = weights.astype(jnp.float32)
+        if weights.shape not in ((), (num_heads,)):
+            rule = f"[num_heads] = [{num_heads}]"
+            wrong_shape("weights", weights, rule, "Give one weight per head.")
+        weights = jnp.broadcast_to(weights, (num_heads,))
+        if not self.learned:
+            return weights
+        least = known(weights)
+        if least is not None and not (least > 0).all():
+            raise ValueError(
+                "`weights` must be positive where `learned` is True; got "
+                f"{least.min()}. Learned weights are exponentials."
+            )
+        return jnp.exp(self.param("log_weights", lambda key: jnp.log(weights)))
+
+
+def _aligned(bias: FactoredBias, context: BiasContext) -> FactoredBias:
+    """Factors with the leading axes of the inputs."""
+    rank = len(context.batch) + 3
+
+    def fit(x: Array) -> Array:
+        excess = max(x.ndim - rank, 0)
+        return x.reshape((1,) * (rank - x.ndim) + x.shape[excess:])
+
+    return FactoredBias(fit(bias.q_factor), fit(bias.k_factor))

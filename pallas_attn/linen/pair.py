@@ -1,0 +1,84 @@
+"""The bias that a pair representation makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pallas_attn.bias.dense import DenseBias
+from pallas_attn.checks.rules import array, floating, wrong_shape
+from pallas_attn.linen.bias import BiasContext, BiasModule
+
+
+class PairBias(BiasModule):
+    """AlphaFold's bias from a pair representation: b_nij = W_n . LayerNorm(pair_ij).
+
+    The layer's call takes the representation as `pair`, [*A, T, S, channels], where *A
+    are the first of the inputs' leading axes *B. The axes between them and T (rows of
+    an alignment, of a triangle) share the bias: it is never repeated along them, and
+    its gradient is summed over them.
+
+    Args:
+        kernel_init: Of the parameter "linear", [channels, N], without a bias.
+        epsilon: Of "layer_norm".
+        dtype: Of the computation; None: of `pair` and the parameters.
+        param_dtype: Of the parameters.
+
+    Returns:
+        Of a call with a `BiasContext`: a `DenseBias` [*#A, 1, .., N, T, S].
+
+    Raises:
+        ValueError: if `pair` is missing or has another shape.
+        TypeError: if it is not floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_attn.linen import MultiHeadAttention, PairBias
+        >>> layer = MultiHeadAttention(num_heads=2, bias=PairBias())
+        >>> alignment, pair = jnp.ones((3, 6, 5, 8)), jnp.ones((3, 5, 5, 4))
+        >>> layer.init_with_output(jax.random.key(0), alignment, pair=pair)[0].shape
+        (3, 6, 5, 8)
+
+    Source: Jumper et al., AlphaFold (doi 10.1038/s41586-021-03819-2), algorithms 7, 13.
+    """
+
+    kernel_init: Any = nn.initializers.lecun_normal()
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    reads = ("pair",)
+
+    @nn.compact
+    def __call__(self, context: BiasContext) -> DenseBias:
+        """The bias of the call's pair representation."""
+        if context.pair is None:
+            raise ValueError(
+                "`pair` must be given to the layer's call, for its bias is a PairBias; "
+                "got None. Pass `pair` [*A, T, S, channels]."
+            )
+        pair = array("pair", context.pair)
+        floating("pair", pair, "Cast it: `.astype(jnp.float32)`.")
+        leading, T, S = pair.shape[:-3], context.T, context.S
+        first = context.batch[: len(leading)]
+        fits = len(leading) == len(first) and all(
+            m in (1, n) for m, n in zip(leading, first, strict=True)
+        )
+        if pair.ndim < 3 or pair.shape[-3:-1] != (T, S) or not fits:
+            rule = f"[*#A, T, S, channels] = [*#A, {T}, {S}, channels]"
+            advice = f"*A are the first of the inputs' leading axes {context.batch}."
+            wrong_shape("pair", pair, rule, advice)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.LayerNorm(epsilon=self.epsilon, name="layer_norm", **kinds)(pair)
+        x = nn.Dense(
+            context.num_heads,
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            name="linear",
+            **kinds,
+        )(x)
+        shared = (1,) * (len(context.batch) - len(leading))
+        x = jnp.moveaxis(x, -1, -3)
+        return DenseBias(x.reshape(*leading, *shared, *x.shape[-3:]))
