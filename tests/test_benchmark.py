@@ -488,7 +488,7 @@ def test_gates_run_from_a_half_to_all_but_a_thousandth():
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 38
+    assert len(report.selected(CASES, [], "gpu")) == 39
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -385,6 +385,18 @@ def test_a_rate_of_0_leaves_the_program_as_it_is(implementation):
 
 
 @everywhere
+def test_the_same_weights_are_kept_in_a_process_with_x64(implementation):
+    sample = Case("none", "dropout").sample()
+    run = lambda: gradients(
+        sample, implementation=implementation, config=small("none"), **EXACT
+    )
+    before = run()
+    with jax.enable_x64(True):
+        after = run()
+    assert_formula(after, before)
+
+
+@everywhere
 def test_the_mean_over_keys_is_what_nothing_was_dropped_from(implementation):
     sample = Case("none", "causal").at(B=1, N=1, K=1, T=8, S=8).sample()
     attend = functools.partial(

@@ -450,7 +450,6 @@ class Block(nn.Module):
     def __call__(self, x, _=None):
         biases = {
             "sum": lambda: ALiBi(learned=True) + RelativePositionBias(8, 10),
-            "co_alibi": lambda: CoALiBi(learned=True),
             "forget": lambda: ForgetGate(),
         }
         layer = MultiHeadAttention(
@@ -459,7 +458,7 @@ class Block(nn.Module):
         return x + layer(x), None
 
 
-@pytest.mark.parametrize("bias", ["sum", "co_alibi", "forget"])
+@pytest.mark.parametrize("bias", ["sum", "forget"])
 def test_jit_grad_remat_and_scan_over_layers_are_one_function(bias, getkey):
     """A scanned, rematerialised stack against its layers one by one."""
     x = jax.random.normal(getkey(), (B, T, F))
@@ -564,7 +563,9 @@ def test_refusals_name_the_field(refused):
     layer: Any = MultiHeadAttention(**({"num_heads": N} | OURS | fields))
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     with pytest.raises(error, match=match):
-        layer.init(rngs, jnp.ones((B, T, F)), **inputs)
+        jax.eval_shape(
+            functools.partial(layer.init, **inputs), rngs, jnp.ones((B, T, F))
+        )
 
 
 REFUSED_STEPS: dict[str, Any] = {

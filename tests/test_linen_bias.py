@@ -429,5 +429,6 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("refused", REFUSED)
 def test_refusals_name_the_field(refused):
     module, places, match = REFUSED[refused]
+    of = context(**places)
     with pytest.raises(ValueError, match=match):
-        module.init(jax.random.key(0), context(**places))
+        jax.eval_shape(lambda key: module.init(key, of), jax.random.key(0))

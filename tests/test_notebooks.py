@@ -44,6 +44,7 @@ def words(notebook):
         "".join(
             output.get("text") or output.get("data", {}).get("text/plain", "")
             for output in cell.get("outputs", ())
+            if "image/png" not in output.get("data", ())
         )
         for cell in notebook.cells
     ]

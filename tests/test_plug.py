@@ -317,9 +317,11 @@ def test_positions_of_a_layer_are_those_of_queries_and_keys(getkey):
     assert_formula(got, want)
 
 
+NNX_CALL = inspect.signature(nnx.MultiHeadAttention.__call__).parameters
+
+
 @pytest.mark.skipif(
-    "input_positions"
-    not in inspect.signature(nnx.MultiHeadAttention.__call__).parameters,
+    "input_positions" not in NNX_CALL,
     reason="this flax.nnx.MultiHeadAttention has no input_positions",
 )
 def test_nnx_hands_its_positions_on(getkey):

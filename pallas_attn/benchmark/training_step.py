@@ -226,7 +226,11 @@ def ours(case: StepCase, implementation: str | None) -> Side:
 
 
 def peer(case: StepCase) -> Side:
-    """Flax's layer around jax.nn's attention, with the bias as an array."""
+    """Flax's layer around jax.nn's attention, with the bias as an array.
+
+    The bias is made once, outside the step. Nobody asks for its gradient, but cuDNN's
+    backward pass in jax.nn computes it of any floating bias: that is the peer's cost.
+    """
 
     def attend(
         query: Array, key: Array, value: Array, bias: Array | None = None

@@ -106,10 +106,10 @@ def _slopes(
             wrong_shape("slopes", slopes, rule, "Give one slope per head.")
     if not module.learned:
         return slopes
-    least = known(slopes)
-    if least is not None and not (least > 0).all():
+    given = None if module.slopes is None else known(module.slopes)
+    if given is not None and not (given > 0).all():
         raise ValueError(
-            f"`slopes` must be positive where `learned` is True; got {least.min()}. "
+            f"`slopes` must be positive where `learned` is True; got {given.min()}. "
             "Learned slopes are exponentials; fixed ones may be 0 or rewards."
         )
     first = lambda key: jnp.log(slopes)

@@ -200,11 +200,11 @@ class SquaredDistanceBias(BiasModule):
         weights = jnp.broadcast_to(weights, (num_heads,))
         if not self.learned:
             return weights
-        least = known(weights)
-        if least is not None and not (least > 0).all():
+        given = None if self.weights is None else known(self.weights)
+        if given is not None and not (given > 0).all():
             raise ValueError(
                 "`weights` must be positive where `learned` is True; got "
-                f"{least.min()}. Learned weights are exponentials."
+                f"{given.min()}. Learned weights are exponentials."
             )
         return jnp.exp(self.param("log_weights", lambda key: jnp.log(weights)))
 

@@ -190,9 +190,10 @@ def list_rows_kernel(
             "fields": {f: y + grads[f] for f, y in state["fields"].items()},
         }
         if "dq" in state or "dqk" in out:
-            k, dqk = t.keys(ops.k), ds
+            k, slope = t.keys(ops.k), None
             if q is not None:
-                dqk = ds * capped(call, jnp.sum(q * k, 2))[1]
+                _, slope = capped(call, jnp.sum(q * k, 2))
+            dqk = ds if slope is None else ds * slope
             if "dqk" in out:
                 put_listed(t0, out["dqk"], first, dqk, t.ok)
             if "dq" in state:
