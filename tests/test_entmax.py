@@ -7,6 +7,7 @@ derivatives, and float32 may be on the other side of it than float64.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -512,13 +513,15 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(fits, monkeypatc
     sample = case.sample()
     got = gradients(sample, **options(kernel_implementation()))
     assert_formula(got, true_gradients(case))
-    given = canonical(
-        **{**NOTHING, "implementation": kernel_implementation()}
-        | {"config": SMALL_ENTMAX}
-        | sample.operands
-        | sample.conditions
-        | sample.settings
-    )
+    arguments: dict[str, Any] = {
+        **NOTHING,
+        "implementation": kernel_implementation(),
+        "config": SMALL_ENTMAX,
+        **sample.operands,
+        **sample.conditions,
+        **sample.settings,
+    }
+    given = canonical(**arguments)
     ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
     _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
     assert bool(found.lists.fits) == fits

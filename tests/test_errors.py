@@ -1,6 +1,6 @@
 """A wrong call raises before anything runs, and says what is wrong and what to do."""
 
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,10 +251,10 @@ WRONG = {
     "Co-ALiBi and top-k": Wrong({"bias": CoALiBi(floats(N)), **entmax(alpha=1.0, top_k=2)}, NotImplementedError, ("`normalizer`", "Co-ALiBi with entmax or top-k", "an Entmax beside a CoALiBi", "Use Softmax()")),
     "gates of queries": Wrong({"bias": ForgetGate(-floats(B, T, N))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(2, 5, 4)", "of size 1 where it is shared")),
     "gates of a vector": Wrong({"bias": ForgetGate(-floats(S))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(7,)", "of size 1 where it is shared")),
-    "gates above 1": Wrong({"bias": ForgetGate(np.full((B, S, N), 1.5))}, ValueError, ("`bias.log_gate`", "<= 0 and finite", "1.5", "jax.nn.log_sigmoid")),
-    "gates of 0": Wrong({"bias": ALiBi(floats(N)) + ForgetGate(np.full((1, S, 1), -np.inf))}, ValueError, ("`bias.terms[1].log_gate`", "<= 0 and finite", "-inf", "jax.nn.log_sigmoid")),
+    "gates above 1": Wrong({"bias": ForgetGate(cast(Any, np.full((B, S, N), 1.5)))}, ValueError, ("`bias.log_gate`", "<= 0 and finite", "1.5", "jax.nn.log_sigmoid")),
+    "gates of 0": Wrong({"bias": ALiBi(floats(N)) + ForgetGate(cast(Any, np.full((1, S, 1), -np.inf)))}, ValueError, ("`bias.terms[1].log_gate`", "<= 0 and finite", "-inf", "jax.nn.log_sigmoid")),
     "gates of integers": Wrong({"bias": ForgetGate(ints(B, S, N))}, TypeError, ("`bias.log_gate`", "float32", "int32", "cast it")),
-    "a list of gates": Wrong({"bias": ForgetGate([0.0] * S)}, TypeError, ("`bias.log_gate`", "must be an array", "a list", "jnp.asarray")),
+    "a list of gates": Wrong({"bias": ForgetGate(cast(Any, [0.0] * S))}, TypeError, ("`bias.log_gate`", "must be an array", "a list", "jnp.asarray")),
     "several gates a key": Wrong({"bias": ForgetGate(-floats(B, S, N, 2))}, ValueError, ("`bias.log_gate`", "[1 or B, S, 1 or N]", "(2, 7, 4, 2)", "one number each")),
     "soft cap of 0": Wrong({"logits_soft_cap": 0.0}, ValueError, ("`logits_soft_cap`", "> 0", "0.0", "None caps nothing")),
     "negative soft cap": Wrong({"logits_soft_cap": -30}, ValueError, ("`logits_soft_cap`", "> 0", "-30", "None caps nothing")),

@@ -35,7 +35,8 @@ class DenseBias(Bias):
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """The largest entry, of one per query or one per key."""
-        return self.bias.most
+        known: Any = self.bias  # its extremes
+        return known.most
 
     @property
     def bounded(self) -> bool:
