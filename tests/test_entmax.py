@@ -564,7 +564,9 @@ def test_transformations_mean_what_they_say(normalizer, implementation):
         return jax.jit(by_operands)(*operands, sparse)
 
     plain = gradient(attend)
-    assert_same_bits(gradient(jax.checkpoint(attend)), plain)
+    # XLA may fuse, and so round, what it computes again in another way.
+    same = assert_formula if implementation == "xla" else assert_same_bits
+    same(gradient(jax.checkpoint(attend)), plain)
     assert_formula(gradient(jax.vmap(attend, (0, 0, 0, None))), plain)
 
 

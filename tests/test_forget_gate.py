@@ -23,16 +23,12 @@ everywhere = pytest.mark.parametrize("implementation", implementations())
 
 # Situations that say where keys and queries stand, or which of them are there.
 PLACED = [
-    "full",
     "offset per batch",
     "empty rows",
     "lengths",
     "positions shuffled",
-    "positions gappy",
     "positions per head",
     "causal window lengths",
-    "causal segments",
-    "mask BNTS",
 ]
 
 

@@ -26,8 +26,8 @@ class ForgetGate(Bias):
     later query.
 
     Args:
-        log_gate: [#B, S, #N], the logarithm of each key's gate, <= 0; float32 whatever
-            dtype the query has.
+        log_gate: [#B, S, #N], the logarithm of each key's gate, <= 0 (where traced
+            numbers are above 0 they act as 0); float32 whatever dtype the query has.
 
     Example:
         >>> import jax, pallas_attn
@@ -45,6 +45,7 @@ class ForgetGate(Bias):
     def at(self, place: Place) -> Bias:
         """Sums up to every query and every key."""
         log_gate = jnp.swapaxes(self.log_gate, -1, -2).astype(place.dtype)
+        log_gate = jnp.where(log_gate > 0, 0, log_gate)
         if place.key_lengths is not None:
             there = _counted(log_gate.shape) < place.key_lengths[..., None, None]
             log_gate = jnp.where(there, log_gate, 0)
@@ -79,8 +80,8 @@ class CausalGates(Bias):
         return self.query + self.key, self.query_rest, self.key_rest
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        """At the first query and the last key, where gates are at most 1."""
-        return _most(self)
+        """At the first query and the last key, and no larger than 0."""
+        return _below(_most(self))
 
 
 class Gates(Bias):
@@ -102,7 +103,15 @@ class Gates(Bias):
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """At the first query and the last key; 0 where a key is not before a query."""
         most = _most(self)
-        return jnp.where(k1 < q0, most, jnp.maximum(most, 0.0))
+        return _below(jnp.where(k1 < q0, most, jnp.maximum(most, 0.0)))
+
+
+def _below(most: Any) -> Any:
+    """No sum of log gates is above 0, but for its rounding; NaN may be anything.
+
+    (Extremes are those of 64 queries and keys: of fewer the difference may be large.)
+    """
+    return jnp.where(most < jnp.inf, jnp.minimum(most, 1e-3), jnp.inf)
 
 
 def _most(gates: Any) -> Any:

@@ -20,10 +20,7 @@ Drop = Callable[[jax.Array], jax.Array]
 
 
 def drop_on(t: Tile) -> Drop | None:
-    """What drops weights of a tile, without the factor `rescale`; None: nothing does.
-
-    A vector has one element per query or key first and is spread over the tile then.
-    """
+    """What drops weights of a tile, without the factor `rescale`; None: nobody does."""
     if t.frame.seed is None:
         return None
     queries = query_words(_head(t), t.q0 + jnp.arange(t.bq, dtype=i32))
