@@ -34,6 +34,13 @@ EXACT: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Of the modules' own products too: the default of a GPU is TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def context(batch=(B,), T=T, S=S, offset=0, places=None, **more):
     """A call's context; `places` are explicit positions of queries and keys."""
     ones = (1,) * len(batch)

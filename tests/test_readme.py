@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_attn
+import pallas_attn.linen
 from pallas_attn.__main__ import COMMANDS
 from pallas_attn.testing.numerics import assert_formula
 
@@ -132,9 +133,18 @@ def test_commands_and_files_named_in_the_text_exist():
 
 
 def test_biases_of_the_table_are_public():
-    named = re.findall(r"^\|[^|]*`(\w*(?:Bias|ALiBi))` \|", README, re.MULTILINE)
-    assert named == ["DenseBias", "FactoredBias", "ALiBi", "CoALiBi"]
+    table = README.split("\n## Biases\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\|[^|]*`([A-Z]\w+)` \|", table, re.MULTILINE)
+    assert named == ["DenseBias", "FactoredBias", "ALiBi", "CoALiBi", "ForgetGate"]
     assert set(named) <= set(vars(pallas_attn))
+
+
+def test_modules_of_the_table_are_public():
+    table = README.split("\n## Flax layers\n")[1].split("\n## ")[0]
+    rows = [row.split(" | ")[0] for row in re.findall(r"^\| `.*", table, re.MULTILINE)]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(named) == 9
+    assert set(named) <= set(vars(pallas_attn.linen))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
