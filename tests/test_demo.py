@@ -105,6 +105,7 @@ def test_the_demo_from_end_to_end(tmp_path, capsys, monkeypatch):
         "jax.nn",
         "ALiBi + factored",
         "Co-ALiBi",
+        "forget gate",
         "512 (4x",
     ):
         assert said in printed, said

@@ -19,6 +19,7 @@ from pallas_attn.bias.base import Bias
 from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.testing.numerics import errors, FORMULA
 
 
@@ -76,6 +77,7 @@ def biases(sizes: Sizes, seed: int) -> dict[str, Bias | None]:
         "ALiBi": alibi,
         "ALiBi + factored": alibi + factored,
         "Co-ALiBi": CoALiBi(co_alibi_slopes(N)),
+        "forget gate": ForgetGate(jax.nn.log_sigmoid(3 + random(B, T, N))),
     }
 
 
