@@ -248,7 +248,7 @@ def _place(sizes: Sizes, call: Call, visibility: Visibility) -> Place:
         offset=None if visibility.placed else implicit,
         key_lengths=None if lengths is None else led(lengths),
         causal=call.causal,
-        dtype=accumulator(call.dtype),
+        dtype=accumulator(jnp.dtype(call.dtype)),
     )
 
 
