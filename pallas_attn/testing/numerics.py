@@ -28,6 +28,11 @@ FORMULA = 1e-5
 OUTPUT_RATIO = 2.0
 GRADIENT_RATIO = 3.0
 
+# A sum of some 20 log gates, rounded where it is stored and where it is read, entry by
+# entry; after thousands of them spec's law, part absolute and part relative.
+SUM = 2e-6
+LONG_SUM = (1e-5, 1e-6)
+
 # Pruning leaves out 2^-24 = 6e-8 of a row's (a key's) weight, of values that may be the
 # largest there are, per side and per query head of a group.
 PRUNING = 1e-6
@@ -102,6 +107,22 @@ def assert_formula(got: Any, want: Any) -> None:
         if not error <= allowed[name]
     }
     assert not wrong, _table("too far from float64", wrong)
+
+
+def assert_sum(got: Any, want: Any) -> None:
+    """Every entry of a short sum within `SUM` of its own size."""
+    np.testing.assert_allclose(got, want, rtol=SUM)
+
+
+def assert_long_sum(got: Any, want: Any) -> None:
+    """Every entry of a long sum as `LONG_SUM` says, relative to its own size."""
+    absolute, relative = LONG_SUM
+    np.testing.assert_allclose(got, want, atol=absolute, rtol=relative)
+
+
+def assert_moved_at_most(got: Any, want: Any, distance: float) -> None:
+    """Every entry within a known distance, and `FORMULA` for rounding."""
+    np.testing.assert_allclose(got, want, atol=distance + FORMULA)
 
 
 def assert_rounding(got: Any, peer: Any, want: Any, ratio: float) -> None:
