@@ -4,6 +4,7 @@ from pallas_attn.api import (
     dot_product_attention as dot_product_attention,
     Sparsity as Sparsity,
     sparsity as sparsity,
+    Visited as Visited,
     visited as visited,
 )
 from pallas_attn.bias.alibi import (

@@ -20,7 +20,20 @@ from pallas_attn.normalizers.softmax import Softmax
 
 
 class Visited(NamedTuple):
-    """The share of visible blocks that each pass visits, float32 [*B, N] each."""
+    """The share of visible blocks that each pass visits, float32 [*B, N] each.
+
+    Args:
+        forward: [*B, N], of the forward pass.
+        rows: [*B, N], of the backward pass that owns dq.
+        cols: [*B, N], of the backward pass that owns dk and dv.
+
+    >>> import jax, jax.numpy as jnp, pallas_attn
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 97, 8, 64))
+    >>> alibi = pallas_attn.ALiBi(pallas_attn.alibi_slopes(8))
+    >>> shares = pallas_attn.visited(q, k, v, alibi, implementation="xla")
+    >>> shares.rows.shape, float(jnp.max(shares.cols))  # "xla" visits all
+    ((2, 8), 1.0)
+    """
 
     forward: Float[Array, "*B N"]
     rows: Float[Array, "*B N"]

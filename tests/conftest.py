@@ -6,10 +6,14 @@ import jax
 import pytest
 
 from pallas_attn.implementations import current_device, refusal
+from pallas_attn.xla import chunks
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if current_device().platform == "cpu":
+    # A test runs its programs once: XLA's optimiser takes longer than it saves.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -17,6 +21,13 @@ def getkey():
     """A function that returns a new key at each call, the same ones in each run."""
     seeds = itertools.count()
     return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """One sequence and at most 8 rows a chunk: several chunks in a ragged case."""
+    for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
+        monkeypatch.setattr(chunks, name, value)
 
 
 def pytest_collection_modifyitems(items):

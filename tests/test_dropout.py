@@ -12,11 +12,11 @@ import pytest
 import pallas_attn
 from pallas_attn.api import attended
 from pallas_attn.call import Call
-from pallas_attn.canonical import canonical
 from pallas_attn.dropout import dropped, kept_on, seed_of
 from pallas_attn.testing.cases import Case, KINDS
 from pallas_attn.testing.evaluate import (
     attention,
+    called,
     EXACT,
     gradients,
     implementations,
@@ -35,7 +35,6 @@ from pallas_attn.testing.numerics import (
     GRADIENT_RATIO,
     OUTPUT_RATIO,
 )
-from pallas_attn.xla import chunks
 
 
 everywhere = pytest.mark.parametrize("implementation", implementations())
@@ -170,13 +169,6 @@ def _spread(z):
     return ((z**2).sum(1) - z.shape[1]) / np.sqrt((z**4).mean() * z.shape[1])
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """One sequence and at most 8 rows a chunk."""
-    for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
-        monkeypatch.setattr(chunks, name, value)
-
-
 def weights(case, implementation, **dropout):
     """P [B, N, T, S] after dropout: the values are eye."""
     sample = case.sample()
@@ -281,9 +273,9 @@ def test_a_shared_mask_is_one_for_all_heads(implementation):
         ),
     }
     words = key_words(8)
-    given = canonical(
+    given = called(
         **operands,
-        **DEFAULTS,
+        **EXACT,
         implementation=implementation,
         dropout_rate=RATE,
         dropout_rng=words,
@@ -438,23 +430,3 @@ def test_visited_and_sparsity_know_of_dropout():
         )
         with_it = count(dropout_rate=RATE, dropout_rng=jax.random.key(0))
         assert_same_bits(with_it, count())
-
-
-# what `canonical` needs beside the operands and the implementation
-DEFAULTS = {
-    "mask": None,
-    "scale": None,
-    "is_causal": False,
-    "query_seq_lengths": None,
-    "key_value_seq_lengths": None,
-    "local_window_size": None,
-    "query_offset": 0,
-    "query_positions": None,
-    "key_positions": None,
-    "query_segment_ids": None,
-    "key_segment_ids": None,
-    "normalizer": pallas_attn.Softmax(),
-    "logits_soft_cap": None,
-    "precision": jax.lax.Precision.HIGHEST,
-    "config": None,
-}

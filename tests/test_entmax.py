@@ -7,7 +7,6 @@ derivatives, and float32 may be on the other side of it than float64.
 import dataclasses
 import functools
 import itertools
-from typing import Any
 
 import chex
 import jax
@@ -24,23 +23,23 @@ from pallas_attn import (
     sparsity,
     visited,
 )
-from pallas_attn.canonical import canonical
 from pallas_attn.kernels.entmax import choice, lists
 from pallas_attn.kernels.operands import Wanted
 from pallas_attn.reference.entmax import entmax, largest
 from pallas_attn.testing.cases import ALPHAS, Case, normal, NORMALIZERS, TOP_K
 from pallas_attn.testing.evaluate import (
     attention,
+    called,
     EXACT,
     gradients,
     implementations,
     kernel_implementation,
-    reference_of,
     SMALL_ENTMAX,
     textbook,
     true_gradients,
     truth,
     with_gradients,
+    written,
 )
 from pallas_attn.testing.numerics import (
     assert_formula,
@@ -50,7 +49,6 @@ from pallas_attn.testing.numerics import (
     GRADIENT_RATIO,
     OUTPUT_RATIO,
 )
-from pallas_attn.xla import chunks
 
 
 everywhere = pytest.mark.parametrize("implementation", implementations())
@@ -185,20 +183,7 @@ def test_the_reference_is_the_definition(alpha, top_k):
 def test_the_written_backward_is_the_derivative(normalizer, situation):
     """In float64, with cotangents of the output and of the residual."""
     case = Case("sum", situation, (), normalizer)
-    sample, want = case.sample(), true_gradients(case)
-    with jax.enable_x64(True):
-        wide = lambda x: x.astype(np.float64)
-        operands, cotangents = jax.tree.map(wide, (sample.operands, sample.cotangents))
-
-        def written(operands):
-            given = canonical(
-                **{**NOTHING, **sample.conditions, **sample.settings, **operands}
-            )
-            reference = reference_of(given.operands)
-            return reference.attend_with_written_backward(*given.operands)
-
-        found, pullback = jax.vjp(jax.jit(written), operands)
-        assert_formula((found, pullback(cotangents)[0]), want)
+    assert_formula(written(case.sample()), true_gradients(case))
 
 
 @everywhere
@@ -394,13 +379,6 @@ def test_forward_mode_and_second_order(situation, normalizer, small_chunks):
     assert_formula(got, jax.jit(lambda: derivatives("reference"))())
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """One sequence and at most 8 rows a chunk: several chunks in a ragged case."""
-    for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
-        monkeypatch.setattr(chunks, name, value)
-
-
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
 @pytest.mark.parametrize(
@@ -513,15 +491,13 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(fits, monkeypatc
     sample = case.sample()
     got = gradients(sample, **options(kernel_implementation()))
     assert_formula(got, true_gradients(case))
-    arguments: dict[str, Any] = {
-        **NOTHING,
-        "implementation": kernel_implementation(),
-        "config": SMALL_ENTMAX,
+    given = called(
         **sample.operands,
         **sample.conditions,
         **sample.settings,
-    }
-    given = canonical(**arguments)
+        implementation=kernel_implementation(),
+        config=SMALL_ENTMAX,
+    )
     ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
     _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
     assert bool(found.lists.fits) == fits
@@ -577,25 +553,3 @@ def test_tau_says_which_keys_have_weight(implementation):
     z = jnp.maximum(0.5 * scores - tau[:, None], 0)
     assert_formula(z**2, weights)
     np.testing.assert_array_equal(z > 0, weights > 0)
-
-
-# what `canonical` needs beside the operands, conditions and settings of a sample
-NOTHING = {
-    "bias": None,
-    "mask": None,
-    "scale": None,
-    "is_causal": False,
-    "query_seq_lengths": None,
-    "key_value_seq_lengths": None,
-    "local_window_size": None,
-    "query_offset": 0,
-    "query_positions": None,
-    "key_positions": None,
-    "query_segment_ids": None,
-    "key_segment_ids": None,
-    "logits_soft_cap": None,
-    "dropout_rate": 0.0,
-    "precision": None,
-    "implementation": "reference",
-    "config": None,
-}

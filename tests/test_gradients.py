@@ -5,18 +5,17 @@ import jax
 import pytest
 
 import pallas_attn
-from pallas_attn.canonical import canonical
 from pallas_attn.testing.cases import Case, cases, KINDS
 from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
     implementations,
-    reference_of,
     SMALL,
     small,
     textbook,
     true_gradients,
     truth,
+    written,
 )
 from pallas_attn.testing.numerics import (
     assert_formula,
@@ -58,17 +57,8 @@ def test_16_bits_round_like_xla(bias, dtype, implementation):
 @pytest.mark.parametrize("bias", KINDS)
 def test_the_written_backward_is_that_of_autodiff(bias):
     """The third side of the triangle: the algebra that the kernels compute, densely."""
-    sample = Case(bias, "causal lengths GQA").sample()
-    want = truth(sample)
-
-    def written(operands):
-        given = canonical(**operands, **sample.conditions, **DEFAULTS)
-        reference = reference_of(given.operands)
-        return reference.attend_with_written_backward(*given.operands)
-
-    with jax.default_matmul_precision("highest"):
-        found, pullback = jax.vjp(written, sample.operands)
-    assert_formula((found, pullback(sample.cotangents)[0]), want)
+    case = Case(bias, "causal lengths GQA")
+    assert_formula(written(case.sample()), true_gradients(case))
 
 
 @everywhere
@@ -101,23 +91,3 @@ def test_one_operand_alone(name, bias, implementation):
     pull = lambda x, do: jax.vjp(attend, x)[1](do)[0]
     got = jax.jit(pull)(sample.operands[name], sample.cotangents[0])
     assert_formula(got, true_gradients(Case(bias, "causal GQA"), False)[1][name])
-
-
-# what `canonical` needs beside the operands and conditions of a causal call
-DEFAULTS = {
-    "mask": None,
-    "scale": None,
-    "is_causal": True,
-    "local_window_size": None,
-    "query_offset": 0,
-    "query_positions": None,
-    "key_positions": None,
-    "query_segment_ids": None,
-    "key_segment_ids": None,
-    "normalizer": pallas_attn.Softmax(),
-    "logits_soft_cap": None,
-    "dropout_rate": 0.0,
-    "precision": None,
-    "implementation": "reference",
-    "config": None,
-}

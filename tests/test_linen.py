@@ -24,7 +24,7 @@ from pallas_attn.linen import (
     SquaredDistanceBias,
     WindowRelativePositionBias,
 )
-from pallas_attn.testing.evaluate import SMALL
+from pallas_attn.testing.evaluate import SMALL, widened
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
@@ -32,11 +32,6 @@ HIGHEST = jax.lax.Precision.HIGHEST
 EXACT: dict[str, Any] = {"precision": HIGHEST}
 OURS: dict[str, Any] = {**EXACT, "implementation": "xla"}
 B, T, S, N, K, F = 2, 37, 53, 4, 2, 32
-
-
-def widened(tree):
-    wide = lambda x: np.asarray(x, np.float64) if x.dtype == jnp.float32 else x
-    return jax.tree.map(wide, tree)
 
 
 def losses(layer, params, *inputs, **conditions):

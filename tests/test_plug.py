@@ -13,7 +13,7 @@ from flax import linen as nn, nnx
 import pallas_attn
 from pallas_attn import Bias, Entmax, head_home
 from pallas_attn.linen import ALiBi, as_flax_attention_fn
-from pallas_attn.testing.evaluate import SMALL
+from pallas_attn.testing.evaluate import SMALL, widened
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
@@ -24,11 +24,6 @@ kernels = functools.partial(
     as_flax_attention_fn, implementation="triton_interpret", config=SMALL
 )
 alibi = pallas_attn.ALiBi(pallas_attn.alibi_slopes(N))
-
-
-def widened(tree):
-    wide = lambda x: np.asarray(x, np.float64) if x.dtype == jnp.float32 else x
-    return jax.tree.map(wide, tree)
 
 
 def _plugged(attention_fn) -> dict[str, Any]:

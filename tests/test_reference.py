@@ -1,7 +1,6 @@
 """The dense reference agrees with `jax.nn` and with its own written backward."""
 
 import dataclasses
-import inspect
 
 import chex
 import jax
@@ -12,9 +11,8 @@ import pytest
 import pallas_attn
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
-from pallas_attn.canonical import canonical
 from pallas_attn.testing.cases import Case, KINDS, normal
-from pallas_attn.testing.evaluate import reference_of, with_gradients
+from pallas_attn.testing.evaluate import called, reference_of, with_gradients
 from pallas_attn.testing.numerics import assert_formula, assert_zero
 from pallas_attn.visible import allowed, seen, seen_added
 
@@ -156,13 +154,7 @@ def test_gradients_of_16_bits_are_rounded_once():
 
 def arguments(sample):
     """A sampled call as implementations get it."""
-    bound = inspect.signature(pallas_attn.dot_product_attention).bind(
-        **sample.operands, **sample.conditions, **sample.settings
-    )
-    bound.apply_defaults()
-    given = dict(bound.arguments)
-    del given["dropout_rng"], given["return_residual"]
-    return canonical(**given).operands
+    return called(**sample.operands, **sample.conditions, **sample.settings).operands
 
 
 def in_float64(tree):

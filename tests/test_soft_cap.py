@@ -6,23 +6,21 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import pallas_attn
-from pallas_attn.canonical import canonical
 from pallas_attn.testing.cases import Case
 from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
     implementations,
     kernel_implementation,
-    reference_of,
     small,
     textbook,
     true_gradients,
     truth,
     values,
+    written,
 )
 from pallas_attn.testing.jaxprs import kernel_names
 from pallas_attn.testing.numerics import (
@@ -98,20 +96,7 @@ def test_16_bits_round_like_xla(implementation, dtype):
 def test_the_written_backward_is_the_derivative(bias, normalizer):
     """In float64, with cotangents of the output and of the residual; dropout's too."""
     case = Case(bias, "dropout GQA soft cap", (), normalizer)
-    sample, want = case.sample(), true_gradients(case)
-    with jax.enable_x64(True):
-        wide = lambda x: x.astype(np.float64)
-        operands, cotangents = jax.tree.map(wide, (sample.operands, sample.cotangents))
-
-        def written(operands):
-            given = canonical(
-                **{**NOTHING, **sample.conditions, **sample.settings, **operands}
-            )
-            reference = reference_of(given.operands)
-            return reference.attend_with_written_backward(*given.operands)
-
-        found, pullback = jax.vjp(jax.jit(written), operands)
-        assert_formula((found, pullback(cotangents)[0]), want)
+    assert_formula(written(case.sample()), true_gradients(case))
 
 
 @pytest.mark.parametrize(("bias", "cap"), [("sum", 1e9), ("co_alibi", 1e20)])
@@ -172,26 +157,3 @@ def test_a_bias_of_all_pairs_is_its_own_pass():
     capped = run(CAP)
     assert not any("thin" in name for name in capped)
     assert any("tiles" in name for name in capped)
-
-
-# what `canonical` needs beside the operands, conditions and settings of a sample
-NOTHING = {
-    "bias": None,
-    "mask": None,
-    "scale": None,
-    "is_causal": False,
-    "query_seq_lengths": None,
-    "key_value_seq_lengths": None,
-    "local_window_size": None,
-    "query_offset": 0,
-    "query_positions": None,
-    "key_positions": None,
-    "query_segment_ids": None,
-    "key_segment_ids": None,
-    "normalizer": pallas_attn.Softmax(),
-    "logits_soft_cap": None,
-    "dropout_rate": 0.0,
-    "precision": None,
-    "implementation": "reference",
-    "config": None,
-}

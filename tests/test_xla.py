@@ -25,13 +25,6 @@ XLA = {"implementation": "xla", **EXACT}
 MIB = 2**20
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """One sequence and at most 8 rows a chunk: several chunks in a ragged case."""
-    for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
-        monkeypatch.setattr(chunks, name, value)
-
-
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bias", ["dense-1NTS", "co_alibi"])
 @pytest.mark.parametrize("situation", SITUATIONS)

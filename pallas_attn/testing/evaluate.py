@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Array
 from pallas_attn.api import dot_product_attention
 from pallas_attn.bias.base import as_bias, spread
 from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.canonical import Canonical, canonical
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, resolve
 from pallas_attn.normalizers.entmax import Entmax
@@ -133,6 +135,35 @@ def truth(sample: Sample, *, residual: bool = True) -> Any:
     return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
+def written(sample: Sample) -> Any:
+    """`truth` by the backward that the reference writes out: autodiff has no part."""
+
+    def evaluate(operands: Any, conditions: Any, cotangents: Any) -> Any:
+        def attend(operands: Any) -> Any:
+            given = called(**sample.settings, **conditions, **operands)
+            reference = reference_of(given.operands)
+            return reference.attend_with_written_backward(*given.operands)
+
+        primals, pullback = jax.vjp(attend, operands)
+        return primals, pullback(cotangents)[0]
+
+    return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
+
+
+def called(**arguments: Any) -> Canonical:
+    """A call of `dot_product_attention` as the implementations take it.
+
+    Args:
+        **arguments: Its arguments, with its defaults, and `canonical`'s own.
+    """
+    parameters = inspect.signature(dot_product_attention).parameters
+    defaults = {
+        name: x.default for name, x in parameters.items() if x.default is not x.empty
+    }
+    del defaults["return_residual"]
+    return canonical(**{**defaults, **arguments})
+
+
 def reference_of(operands: tuple[Any, ...]) -> Any:
     """The module of the reference that takes these operands."""
     if isinstance(operands[3], CoALiBi):
@@ -234,11 +265,15 @@ def _in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
 
     Not jitted: cases share most operations, which JAX compiles once each.
     """
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        return jax.tree.map(np.asarray, f(*widened(arguments)))
+
+
+def widened(tree: Any) -> Any:
+    """A tree of NumPy arrays, floats as float64."""
 
     def wide(x: Any) -> Any:
-        return np.asarray(
-            x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None
-        )
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return np.asarray(x, np.float64 if floating else None)
 
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        return jax.tree.map(np.asarray, f(*jax.tree.map(wide, arguments)))
+    return jax.tree.map(wide, tree)
