@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 import pallas_attn
@@ -15,6 +16,8 @@ from pallas_attn.testing.evaluate import (
     textbook,
     true_gradients,
     truth,
+    widened,
+    with_gradients,
     written,
 )
 from pallas_attn.testing.numerics import (
@@ -52,6 +55,27 @@ def test_16_bits_round_like_xla(bias, dtype, implementation):
     pullback = jax.jit(lambda x, do: jax.vjp(textbook, x)[1](do)[0])
     peer = pullback(sample.operands, sample.cotangents[0])
     assert_rounding(got, peer, true_gradients(case, False)[1], GRADIENT_RATIO)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("bias", KINDS)
+def test_float64_never_goes_through_float32(bias, implementation):
+    """Of no operand on its way in, of no gradient on its way back."""
+    sample = Case(bias, "causal").sample()
+    operands = jax.tree.map(lambda x: x / 3, widened(sample.operands))
+    cotangents = widened(sample.cotangents)
+    with jax.enable_x64(True):
+        evaluate = jax.jit(
+            with_gradients(sample.settings, implementation=implementation)
+        )
+        output, gradients = evaluate(operands, {}, cotangents)
+        for x in jax.tree.leaves(gradients):
+            assert not np.array_equal(x, x.astype(np.float32))
+        leaves, tree = jax.tree.flatten(operands)
+        for place, x in enumerate(leaves):
+            moved = [*leaves[:place], x * (1 + 2.0**-36), *leaves[place + 1 :]]
+            other, _ = evaluate(tree.unflatten(moved), {}, cotangents)
+            assert not np.array_equal(output[0], other[0])
 
 
 @pytest.mark.parametrize("bias", KINDS)

@@ -1,6 +1,7 @@
 """Outputs and log-sum-exps are those of the dense reference in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from pallas_attn.testing.evaluate import (
     textbook,
     true_values,
     values,
+    widened,
 )
 from pallas_attn.testing.numerics import (
     assert_formula,
@@ -58,6 +60,18 @@ def test_float32_agrees_with_jax_nn(bias, implementation):
     got, _ = values(sample, implementation=implementation, config=small(bias), **EXACT)
     with jax.default_matmul_precision("highest"):
         assert_formula(got, jax.jit(jax_nn)(sample.operands))
+
+
+@pytest.mark.parametrize("bias", sorted({*KINDS} - {"none", "co_alibi"}))
+def test_a_bias_in_float64_is_written_out_in_float64(bias):
+    drawn = widened(Case(bias).sample().operands["bias"])
+    with jax.enable_x64(True):
+        rows, cols = (jnp.arange(n, dtype=jnp.int32) for n in (37, 53))
+        found = jax.tree.map(lambda x: jnp.asarray(x / 3), drawn).materialise(
+            rows, cols
+        )
+        assert found.dtype == jnp.float64
+        assert not np.array_equal(found, found.astype(jnp.float32))
 
 
 @everywhere

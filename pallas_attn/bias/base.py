@@ -166,11 +166,13 @@ class Bias:
             key_positions: int32 [S], [B, S] or [B, #N, S].
 
         Returns:
-            The added values [#B, #N, T, S], at least float32.
+            The added values [#B, #N, T, S], float32, or float64 if a field is.
         """
         queries, keys = _with_heads(query_positions), _with_heads(key_positions)
-        region = Region(queries[..., :, None], keys[..., None, :])
-        terms = tuple(term.at(Place(queries, keys)) for term in self.expand())
+        dtype = at_least_float32(*jax.tree.leaves(self))
+        region = Region(queries[..., :, None], keys[..., None, :], dtype)
+        place = Place(queries, keys, dtype=dtype)
+        terms = tuple(term.at(place) for term in self.expand())
         products = tuple(ab for t in terms if (ab := t.contract()) is not None)
         values = Added(tuple(t for t in terms if has_tile(t)), products).on(region)
         shape = (1, 1, region.query_position.shape[2], region.key_position.shape[3])
@@ -308,6 +310,12 @@ def as_bias(x: Any) -> Bias:
     if x is None:
         return Sum(())
     return x if isinstance(x, Bias) else DenseBias(x)
+
+
+def at_least_float32(*arrays: Any) -> Any:
+    """float64 if any array is, else float32."""
+    wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
+    return jnp.float64 if wide else jnp.float32
 
 
 def _terms(x: Any) -> tuple[Bias, ...]:

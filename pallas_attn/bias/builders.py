@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_attn.bias.base import at_least_float32
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.checks.rules import (
@@ -154,7 +155,7 @@ def squared_distance_factors(x_q: Any, x_k: Any, weight: Any = 1.0) -> FactoredB
         wrong_shape("x_k", y, rule, "Both live in one space.")
     w = array("weight", weight)
     floating("weight", w, "Cast it: `.astype(jnp.float32)`.")
-    dtype = _at_least_float32(x, y, w)
+    dtype = at_least_float32(x, y, w)
     leading = max(x.ndim - 2, y.ndim - 2, w.ndim - 2, 1)
     x, y, w = (
         z.reshape((1,) * (leading + 2 - z.ndim) + z.shape).astype(dtype)
@@ -321,12 +322,7 @@ def _heads(bias: Any) -> Float[Array, "*#B #N T S"]:
         rule = "[..., #N, T, S] without an empty axis"
         wrong_shape("bias", found, rule, "Give one value per pair.")
     shape = (1,) * (4 - found.ndim) + found.shape
-    return found.reshape(shape).astype(_at_least_float32(found))
-
-
-def _at_least_float32(*arrays: Array) -> Any:
-    wide = any(x.dtype == jnp.float64 for x in arrays)
-    return jnp.float64 if wide else jnp.float32
+    return found.reshape(shape).astype(at_least_float32(found))
 
 
 def _centre(

@@ -261,12 +261,9 @@ def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]
 
 
 def _in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
-    """F of the arguments with floats as float64, on the CPU.
-
-    Not jitted: cases share most operations, which JAX compiles once each.
-    """
+    """F of the arguments with floats as float64, jitted, on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        return jax.tree.map(np.asarray, f(*widened(arguments)))
+        return jax.tree.map(np.asarray, jax.jit(f)(*widened(arguments)))
 
 
 def widened(tree: Any) -> Any:
