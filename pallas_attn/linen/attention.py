@@ -18,7 +18,7 @@ from pallas_attn.checks import arrays as check
 from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
 from pallas_attn.linen.bias import bias_value, BiasContext, read_by
-from pallas_attn.linen.decode import cached, Slot
+from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
 from pallas_attn.linen.mask import truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
@@ -197,10 +197,14 @@ class MultiHeadAttention(nn.Module):
         *batch, T, N, H = query.shape
         S, K = key.shape[-3:-1]
         sizes = Sizes(tuple(batch), T, S, N, K, H, H)
-        slot = self._slot(sizes, query_seq_lengths)
+        slot = slot_of(self, sizes, query_seq_lengths) if self.decode else None
         if slot is not None:
-            _unplaced(query_offset, query_positions, key_positions)
-            _not_while_decoding("key_value_seq_lengths", key_value_seq_lengths)
+            refuse_places(
+                query_offset,
+                query_positions=query_positions,
+                key_positions=key_positions,
+                key_value_seq_lengths=key_value_seq_lengths,
+            )
             query_offset = slot.index
         offset = check.offset(query_offset, sizes)
         given = check.positions(query_positions, key_positions, offset, sizes)
@@ -366,42 +370,6 @@ class MultiHeadAttention(nn.Module):
             slot=slot,
         )
 
-    def _slot(self, sizes: Sizes, lengths: Any) -> Slot | None:
-        """Where new tokens go; None without a cache, and while it is made."""
-        if not self.decode:
-            return None
-        if sizes.T != sizes.S:
-            raise ValueError(
-                "`inputs_k` must have the length of `inputs_q` where `decode` is True; "
-                f"got {sizes.S} and {sizes.T}. The cache has the keys before."
-            )
-        there = self.has_variable("cache", "cached_key")
-        if not there and not self.is_initializing():
-            raise ValueError(
-                "`decode` needs a cache; got variables without one. Make it: "
-                "`layer.init(rng, inputs)['cache']`, with inputs as long as the "
-                "longest sequence, and apply with mutable=['cache']."
-            )
-        zeros = lambda: jnp.zeros(sizes.leading, jnp.int32)
-        index = self.variable("cache", "cache_index", zeros)
-        if not there:
-            return None
-        longest = _places(self.get_variable("cache", "cached_key").shape, sizes)
-        new = check.lengths("query_seq_lengths", lengths, sizes, sizes.T)
-        shared = index.value.shape != sizes.leading
-        if new is not None and shared:
-            raise ValueError(
-                "`query_seq_lengths` needs a `cache_index` for each entry, of shape "
-                f"{sizes.leading}; got {index.value.shape}. Let this layer make the "
-                "cache."
-            )
-        new = None if new is None else new.reshape(sizes.leading)
-        at = jnp.broadcast_to(index.value, sizes.leading)
-        slot = Slot(at, new, sizes.T, longest)
-        slot.check()
-        index.value = index.value + jnp.int32(sizes.T) if shared else slot.following
-        return slot
-
     def _check(self, sow_weights: bool) -> None:
         """Refuses what flax has and no kernel can do, and heads that do not divide."""
         for name in ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"):
@@ -469,32 +437,3 @@ def _standing(
 
 def _counted(length: int, batch: int) -> Int[Array, "*#B #N L"]:
     return jnp.arange(length, dtype=jnp.int32).reshape((1,) * (batch + 1) + (length,))
-
-
-def _unplaced(offset: Any, query_positions: Any, key_positions: Any) -> None:
-    """While decoding the index of the cache says where tokens stand."""
-    if not (isinstance(offset, int) and offset == 0):
-        _not_while_decoding("query_offset", offset)
-    _not_while_decoding("query_positions", query_positions)
-    _not_while_decoding("key_positions", key_positions)
-
-
-def _not_while_decoding(name: str, x: Any) -> None:
-    if x is not None:
-        raise ValueError(
-            f"`{name}` must be left out where `decode` is True: `cache_index` has it; "
-            f"got {kind(x)}. `query_seq_lengths` tells padding from tokens."
-        )
-
-
-def _places(shape: tuple[int, ...], sizes: Sizes) -> int:
-    """S of a cache that fits the call."""
-    *batch, longest = shape[:-2]
-    if tuple(batch) != sizes.leading or shape[-2:] != (sizes.K, sizes.H):
-        letters = (*sizes.leading, "S", sizes.K, sizes.H)
-        wanted = ", ".join(map(str, letters))
-        raise ValueError(
-            "`decode`: the cache must have the batch, key heads and head dim of the "
-            f"call, [{wanted}]; got {shape}. Make one with inputs of this batch."
-        )
-    return longest
