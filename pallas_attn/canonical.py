@@ -18,7 +18,7 @@ from pallas_attn.checks import (
     options as check_static,
 )
 from pallas_attn.implementations import current_device, resolve
-from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.shapes import flattened, Sizes
 
@@ -120,7 +120,7 @@ def canonical(
         seed=seed,
     )
     bias = check_bias.given(bias, sizes)
-    alpha, top_k = _alpha_and_top_k(normalizer, sizes)
+    alpha, top_k = _alpha_and_top_k(normalizer, sizes, accumulator(q.dtype))
     sparse = not _is_softmax(alpha, top_k)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
@@ -169,12 +169,14 @@ def accumulator(dtype: Any) -> Any:
 
 
 def _alpha_and_top_k(
-    normalizer: Softmax | Entmax, sizes: Sizes
+    normalizer: Softmax | Entmax, sizes: Sizes, dtype: Any
 ) -> tuple[float | Float[Array, " N"], int | None]:
     """Those of entmax; softmax has alpha 1 and every visible key."""
     if isinstance(normalizer, Softmax):
         return 1.0, None
     alpha, top_k = check.alpha(normalizer.alpha, sizes), normalizer.top_k
+    if isinstance(alpha, float) and not takes_power(alpha):
+        alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
     return alpha, None if top_k is None or top_k >= sizes.S else int(top_k)
 
 
