@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.bias.base import Added, at_least_float32, Bias, homes
 from pallas_attn.call import Call, NO_WEIGHT, positions, Visibility
 
 
@@ -48,10 +48,12 @@ def weighty(x: Array) -> Bool[Array, "*axes"]:
 
 
 def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
-    """A field, 0 where no place that is True reads it.
+    """A field in float32 at least, 0 where no place that is True reads it.
 
-    So that NaN there reaches neither a score nor, as 0 * NaN, a gradient.
+    So that NaN there reaches neither a score nor, as 0 * NaN, a gradient. Widened
+    first: what many places add to the gradient of one entry is rounded once.
     """
+    x = x.astype(at_least_float32(x))
     match home:
         case "query":  # [#B, T, #N, ...]
             by = jnp.swapaxes(places.any(3), 1, 2)
