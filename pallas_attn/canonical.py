@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place
@@ -190,12 +191,22 @@ def _scaled(
         return q, 1 / math.sqrt(q.shape[-1])
     if not isinstance(scale, int | float):
         wide = accumulator(q.dtype)
-        return (q.astype(wide) * scale.astype(wide)).astype(q.dtype), 1.0
+        return _times(q.astype(wide), scale.astype(wide)).astype(q.dtype), 1.0
     if scale < 0:
         q, scale = -q, -scale
     if scale < LEAST_SCALE:
         return q * jnp.asarray(scale, q.dtype), 1.0
     return q, scale
+
+
+def _times(q: Float[Array, "*B T N H"], scale: Array) -> Float[Array, "*B T N H"]:
+    """The product; a number that is not finite adds nothing to the scale's gradient.
+
+    It may be a query's that sees no key: its own gradient is 0, and 0 * NaN is NaN.
+    """
+    finite = jnp.isfinite(q)
+    others = q * lax.stop_gradient(scale)
+    return jnp.where(finite, jnp.where(finite, q, 0) * scale, others)
 
 
 def _visibility(

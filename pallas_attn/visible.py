@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool
 
 from pallas_attn.bias.base import Added, at_least_float32, Bias, homes
 from pallas_attn.call import Call, NO_WEIGHT, positions, Visibility
+from pallas_attn.positions import within
 
 
 def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
@@ -20,12 +21,11 @@ def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
     """
     conditions = []
     queries, keys = positions(call, visibility)
-    distance = queries[:, :, :, None] - keys[:, :, None, :]
+    queries, keys = queries[:, :, :, None], keys[:, :, None, :]
     if call.causal:
-        conditions.append(distance >= 0)
+        conditions.append(keys <= queries)
     if call.window is not None:
-        left, right = call.window
-        conditions += [distance <= left, distance >= -right]
+        conditions += within(queries, keys, call.window)
     if visibility.query_lengths is not None:
         rows = jnp.arange(call.T, dtype=jnp.int32)[None, None, :, None]
         conditions.append(rows < visibility.query_lengths[:, None, None, None])

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.positions import difference
+
 
 def head_home() -> Any:
     """A field with one number per head, [#B, #N].
@@ -244,7 +246,7 @@ class Region:
     @property
     def distance(self) -> Float[Array, "#B #N T S"]:
         """Query position minus key position."""
-        return (self.query_position - self.key_position).astype(self.dtype)
+        return difference(self.query_position, self.key_position, self.dtype)
 
     @property
     def away(self) -> tuple[Float[Array, "#B #N T S"], ...]:

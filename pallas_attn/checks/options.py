@@ -13,10 +13,8 @@ from pallas_attn.config import Block, Config
 from pallas_attn.implementations import Choice, NAMES
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.positions import UNBOUNDED
 
-
-# A window without end: as far as positions reach, and their sum is int32.
-UNBOUNDED = 2**30 - 2**26
 
 # The least soft cap; one over it is the largest.
 LEAST_CAP = 1e-20
