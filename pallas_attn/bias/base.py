@@ -205,14 +205,20 @@ class Place:
 
     offset: of the queries, where positions are implicit; None where they are explicit.
     key_lengths: keys beyond do not exist.
+    query_segments, key_segments: queries attend to keys of their own segment only.
     causal: no query attends to a later key.
+    alone: nothing else is added to the scores and there is no mask: a query that sees
+        any key sees the nearest that its segment, window and lengths leave.
     """
 
     query_positions: Int[Array, "*#B #N T"]
     key_positions: Int[Array, "*#B #N S"]
     offset: int | Int[Array, "*#B"] | None = None
     key_lengths: Int[Array, "*#B"] | None = None
+    query_segments: Int[Array, "*#B T"] | None = None
+    key_segments: Int[Array, "*#B S"] | None = None
     causal: bool = False
+    alone: bool = False
     dtype: Any = jnp.float32
 
 
