@@ -64,7 +64,7 @@ def normalizer(x: Any) -> Softmax | Entmax:
     if not isinstance(x, Softmax | Entmax):
         raise TypeError(
             f"`normalizer` must be Softmax() or Entmax(alpha, top_k); got {kind(x)}. "
-            "Leave it out, or write `normalizer=Softmax()`."
+            "Leave it out for softmax, or write `normalizer=Entmax(1.5)`."
         )
     if isinstance(x, Entmax) and x.top_k is not None:
         rule = "an int, at least 1, or None"
@@ -204,7 +204,7 @@ def implementation(x: Any) -> str | tuple[str, ...] | None:
             f"{kind(x)}. None chooses by the device."
         )
     names = (x,) if isinstance(x, str) else tuple(x)
-    for name in names or ("",):
+    for name in names or (names,):
         if name not in NAMES:
             raise ValueError(
                 f"`implementation` must be one of {NAMES}, several of them, or None; "
