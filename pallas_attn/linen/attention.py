@@ -72,8 +72,8 @@ class MultiHeadAttention(nn.Module):
         attn_weights_value_einsum_cls: None.
         num_kv_heads: K, a divisor of N; None: N.
         bias: A bias value, an array [#B, #N, #T, #S], a module (`ALiBi`, ...), or a sum
-            of them that starts with a module. While decoding, fields of a value that
-            have as many queries as the cache has places are read at the new tokens'.
+            of them. While decoding, fields of a value that have as many queries as the
+            cache has places are read at the new tokens'.
         normalizer: `Softmax()` or `Entmax(alpha, top_k)`.
         is_causal: Attend to positions up to the query's; always while decoding.
         local_window_size: An int or (left, right), in positions.

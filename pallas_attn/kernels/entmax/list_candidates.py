@@ -136,11 +136,18 @@ def blocks_above(
 
 
 def whole(sweep: Sweep) -> Scores:
-    """The scores of a tile in units of q.k, -inf where hidden."""
+    """The scores of a tile in units of q.k, -inf where hidden.
+
+    There whatever a row's own part is: -inf + NaN would make candidates of hidden keys,
+    those past the last among them.
+    """
 
     def total(t: Tile) -> jax.Array:
-        x, row, _ = sweep.scores(t)
-        return x + row[:, None] if sweep.ops.added.terms else x
+        x, row, visible = sweep.scores(t)
+        if not sweep.ops.added.terms:
+            return x
+        x = x + row[:, None]
+        return x if visible is None else jnp.where(visible, x, -jnp.inf)
 
     return total
 
@@ -164,7 +171,6 @@ def collect(
     per = bk // size
     bit = i32(1) << (jnp.arange(bk, dtype=i32) % size)
     place = jnp.arange(per, dtype=i32)[None, :]
-    exists = (t0.q0 + jnp.arange(bq, dtype=i32) < t0.call.T)[:, None]
 
     def append(t: Tile, state: Any) -> Any:
         count, keys = state
@@ -172,9 +178,9 @@ def collect(
         words = jnp.sum(bits.reshape(bq, per, size), 2, dtype=i32)
         some = jnp.max((words != 0).astype(i32), 1)
         to = count[:, None] + place
-        ok = exists & (some[:, None] > 0) & (to < out["words"].shape[-1])
+        ok = some[:, None] > 0
         scatter_listed(t0, out["words"], to, words, ok)
-        number = jnp.broadcast_to(t.k0 // i32(size) + place, ok.shape)
+        number = jnp.broadcast_to(t.k0 // i32(size) + place, to.shape)
         scatter_listed(t0, out["numbers"], to, number, ok)
         more = jnp.sum(lax.population_count(words), 1, dtype=i32)
         return count + some * per, keys + more
