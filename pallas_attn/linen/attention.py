@@ -253,7 +253,10 @@ class MultiHeadAttention(nn.Module):
         )
         x = attended(call, return_residual=False)
         if slot is not None:
-            x = jnp.where(slot.homeless[..., None, None], jnp.nan, x)
+            at_home = (~slot.homeless[..., None, None]).astype(x.dtype)
+            x = x * (
+                at_home / at_home
+            )  # 1, or NaN: none is computed where there is none
         return self._out(x, self.out_features or inputs_q.shape[-1])
 
     def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
