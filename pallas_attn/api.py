@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload, TypedDict, Unpack
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,9 +14,15 @@ from pallas_attn.bias.base import Bias
 from pallas_attn.canonical import Canonical, canonical
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
-from pallas_attn.implementations import attend_of, sparsity_of, visited_of
+from pallas_attn.implementations import (
+    attend_of,
+    Implementation,
+    sparsity_of,
+    visited_of,
+)
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.placement.run import run
 
 
 class Visited(NamedTuple):
@@ -59,6 +65,67 @@ class Sparsity(NamedTuple):
     skipped_blocks: Float[Array, "*B N"]
 
 
+class Options(TypedDict, total=False):
+    """The keywords of a call, but for `return_residual`: for type checkers alone."""
+
+    scale: ArrayLike | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    query_offset: ArrayLike
+    query_positions: ArrayLike | None
+    key_positions: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_segment_ids: ArrayLike | None
+    normalizer: Softmax | Entmax
+    logits_soft_cap: float | None
+    dropout_rate: float
+    dropout_rng: Array | None
+    precision: lax.PrecisionLike
+    implementation: Implementation | Sequence[Implementation] | None
+    config: Config | None
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N h"]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N h"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+
+
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -81,7 +148,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -215,11 +282,12 @@ def attended(given: Canonical, return_residual: bool) -> Any:
     if sizes.empty:
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
         residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
+        made = (output, residual)
     else:
-        output, residual = attend_of(given.implementation, given.kind)(*given.operands)
-    output = output.reshape(*sizes.leading, *output.shape[1:])
-    residual = residual.reshape(*sizes.leading, *residual.shape[1:])
-    return (output, residual) if return_residual else output
+        attend = attend_of(given.implementation, given.kind)
+        made = run(attend, given, 2 if return_residual else 1)
+    led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
+    return led if return_residual else led[0]
 
 
 def visited(
@@ -244,7 +312,7 @@ def visited(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
 ) -> Visited:
     """The share of visible blocks that each pass visits: what pruning leaves.
@@ -291,7 +359,7 @@ def visited(
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
-        shares = blocks(*given.operands)
+        shares = run(blocks, given, 3)
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))
 
 
@@ -317,7 +385,7 @@ def sparsity(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
 ) -> Sparsity:
     """How sparse the weights of a call are, and what that saves.
@@ -370,5 +438,5 @@ def sparsity(
     if sizes.empty or count is None:
         shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
     else:
-        shares = count(*given.operands)
+        shares = run(count, given, 2)
     return Sparsity(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

@@ -40,8 +40,11 @@ M1 = 0x7FEB352D
 M2 = 0x846CA68B - 2**32
 G = 0x9E3779B9 - 2**32
 
-# Two int32 numbers or arrays: of a seed, a head, or queries.
+# Two int32 numbers or arrays: of a head, or queries.
 Words = tuple[Any, Any]
+# Those of a seed; where a call is part of a larger one, the batch entry and the head
+# of that one at which it starts, too.
+Seed = tuple[Any, ...]
 
 
 def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
@@ -55,10 +58,12 @@ def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
     return jnp.stack([first, seed[1] ^ _mixed(_mixed(first))])
 
 
-def head_words(call: Call, seed: Words, b: Any, n: Any) -> Words:
+def head_words(call: Call, seed: Seed, b: Any, n: Any) -> Words:
     """The words of query head n of batch entry b; of all, where the mask is shared."""
     if call.dropout_shared:
         b, n = jnp.int32(0), jnp.int32(0)
+    elif len(seed) > 2:
+        b, n = b + seed[2], n + seed[3]
     return _mixed(_mixed(seed[0] + b) + n), _mixed(_mixed(seed[1] ^ b) ^ n)
 
 
@@ -81,7 +86,7 @@ def kept(call: Call, queries: Words, key: Int[Array, "*keys"]) -> Bool[Array, "*
 
 
 def kept_on(
-    call: Call, seed: Int[Array, 2] | None, first: tuple[Any, Any, Any] = (0, 0, 0)
+    call: Call, seed: Int[Array, " words"] | None, first: tuple[Any, ...] = (0, 0, 0)
 ) -> Bool[Array, "#B #N T S"] | None:
     """Which weights of all heads, queries and keys are kept; None: every one is.
 
@@ -97,7 +102,8 @@ def kept_on(
         for start, n in zip(first, (call.B, call.T, call.S), strict=True)
     )
     n = jnp.arange(call.N, dtype=jnp.int32)[None, :, None, None]
-    head = head_words(call, (seed[0], seed[1]), b[:, None, None, None], n)
+    words = tuple(seed[i] for i in range(seed.shape[0]))
+    head = head_words(call, words, b[:, None, None, None], n)
     queries = query_words(head, i[None, None, :, None])
     return kept(call, queries, key_word(j)[None, None, None, :])
 

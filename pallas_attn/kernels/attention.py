@@ -18,6 +18,7 @@ from pallas_attn.kernels.operands import Operands, Residuals, Wanted
 from pallas_attn.kernels.plan import is_row_constant, Plan, plan
 from pallas_attn.kernels.terms import Field, fields, home, with_fields
 from pallas_attn.kernels.visible import sight
+from pallas_attn.placement.names import named
 
 
 f32 = jnp.float32
@@ -109,7 +110,7 @@ def _forward(
     factors = ops.added.products
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted)
-    out = passes.forward(ops, passes.grains(ops, call, p), call, p)
+    out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
     lse = out["lse"]
     natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
     residuals = Residuals(ops, factors, wanted=wanted, **out)

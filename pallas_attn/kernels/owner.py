@@ -36,7 +36,8 @@ def frame_of(call: Call, sight: Sight, b: Any) -> Any:
     found, seed = frame(call, sight, b, number), sight.arrays.seed
     if seed is None:
         return found
-    return replace(found, seed=(number(seed, (i32(0),)), number(seed, (i32(1),))))
+    words = tuple(number(seed, (i32(i),)) for i in range(seed.shape[0]))
+    return replace(found, seed=words)
 
 
 def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:

@@ -64,7 +64,7 @@ class Frame:
     queries: tuple[Any, Any]
     keys: tuple[Any, Any]
     placed: bool = False  # positions are arrays; the offset means nothing
-    seed: tuple[Any, Any] | None = None  # of dropout
+    seed: tuple[Any, ...] | None = None  # of dropout
 
 
 def sight(call: Call, visibility: Visibility) -> Sight:

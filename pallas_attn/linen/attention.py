@@ -17,6 +17,7 @@ from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
 from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
+from pallas_attn.implementations import Implementation
 from pallas_attn.linen.bias import bias_value, BiasContext, read_by
 from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
 from pallas_attn.linen.mask import truth
@@ -137,7 +138,7 @@ class MultiHeadAttention(nn.Module):
     local_window_size: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     query_key_hook: QueryKeyHook | None = None
-    implementation: str | Sequence[str] | None = None
+    implementation: Implementation | Sequence[Implementation] | None = None
     config: Config | None = None
 
     @nn.compact
@@ -252,7 +253,10 @@ class MultiHeadAttention(nn.Module):
         )
         x = attended(call, return_residual=False)
         if slot is not None:
-            x = jnp.where(slot.homeless[..., None, None], jnp.nan, x)
+            at_home = (~slot.homeless[..., None, None]).astype(x.dtype)
+            x = x * (
+                at_home / at_home
+            )  # 1, or NaN: none is computed where there is none
         return self._out(x, self.out_features or inputs_q.shape[-1])
 
     def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

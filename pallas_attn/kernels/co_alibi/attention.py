@@ -24,6 +24,7 @@ from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.passes import PRE_PASS
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
 from pallas_attn.kernels.visible import GRAIN, sight
+from pallas_attn.placement.names import named
 
 
 f32 = jnp.float32
@@ -116,6 +117,7 @@ def _forward(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, norms, ones)
     out = launch(forward_kernel, grid.shape, inputs, outputs, call, p.forward, plan=p)
+    out = named(out)
     lse = out["lse"]
     natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
     return (out["o"], natural), Residuals(ops, **out)
