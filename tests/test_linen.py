@@ -513,10 +513,8 @@ REFUSED: dict[str, Any] = {
     ),
     "bias_class": ({"bias": ALiBi}, {}, TypeError, "`bias` must be a bias; got the"),
     "bias_module": ({"bias": nn.Dense(3)}, {}, TypeError, "`bias` must be a bias"),
-    "value_before_module": (
-        {"bias": pallas_attn.ALiBi(jnp.ones(4)) + ALiBi()}, {},
-        TypeError, "must start with a module",
-    ),
+    "bias_list": ({"bias": [ALiBi(), ALiBi()]}, {}, TypeError, "sum of them, `a . b`"),
+    "bias_function": ({"bias": lambda t: t}, {}, TypeError, "`bias` must be a bias"),
     "contextual_sum": (
         {"bias": CoALiBi() + ALiBi()}, {}, NotImplementedError, "Co-ALiBi",
     ),

@@ -1,8 +1,12 @@
 """A bias is a value: a pytree with leaves by field name, an algebra, an identity."""
 
 import functools
+import pickle
+import subprocess
+import sys
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +42,13 @@ FIELDS = {
     "alibi": [".slopes"],
     "co_alibi": [".slopes"],
     "sum": [".terms[0].slopes", ".terms[1].bias"],
+}
+SHOWN = {
+    "dense": "DenseBias(bias=f32[4,5,7])",
+    "factored": "FactoredBias(q_factor=f32[5,4,3], k_factor=f32[7,1,3])",
+    "alibi": "ALiBi(slopes=f32[4])",
+    "co_alibi": "CoALiBi(slopes=f32[4])",
+    "sum": "Sum(ALiBi(slopes=f32[4]) + DenseBias(bias=f32[5,7]))",
 }
 every_bias = pytest.mark.parametrize("name", BIASES)
 
@@ -81,6 +92,60 @@ def test_jax_may_rebuild_it_with_anything(name):
         assert type(rebuilt) is type(bias)
     stacked = jax.vmap(lambda _: bias)(jnp.arange(2))
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(stacked))
+
+
+@every_bias
+@pytest.mark.parametrize("filler", [None, 0, "spec"])
+def test_its_text_is_short_whatever_it_holds(name, filler):
+    bias = BIASES[name]()
+    assert repr(bias) == SHOWN[name]
+    leaves, structure = jax.tree.flatten(bias)
+    assert repr(filler) in repr(structure.unflatten([filler] * len(leaves)))
+    jax.eval_shape(lambda x: repr(x) == SHOWN[name] or 1 / 0, bias)
+
+
+@every_bias
+def test_what_is_written_is_read_back(name):
+    params = {"bias": BIASES[name](), "layers": [BIASES[name]()]}
+    blank = jax.tree.map(jnp.zeros_like, params)
+    data = flax.serialization.to_bytes(params)
+    for back in (
+        flax.serialization.from_bytes(blank, data),
+        pickle.loads(pickle.dumps(params)),
+    ):
+        chex.assert_trees_all_equal_structs(back, params)
+        assert_same_bits(jax.tree.leaves(back), jax.tree.leaves(params))
+    names = flax.serialization.to_state_dict(params["bias"])
+    assert list(names) == list(params["bias"].__dataclass_fields__)
+
+
+def test_a_state_of_another_class_is_refused():
+    state = flax.serialization.to_state_dict({"bias": BIASES["dense"]()})
+    with pytest.raises(ValueError, match=r"\['slopes'\]; got \['bias'\] at ./bias"):
+        flax.serialization.from_state_dict({"bias": BIASES["alibi"]()}, state)
+
+
+def test_flax_is_told_of_every_class_whoever_comes_first():
+    """Values and classes made before flax is imported, and after."""
+    program = """
+import sys
+import jax
+import jax.numpy as jnp
+import pallas_attn
+def subclass(name):
+    fields = {"x": pallas_attn.head_home(), "__annotations__": {"x": jax.Array}}
+    return type(name, (pallas_attn.Bias,), fields)
+before = [pallas_attn.ALiBi(jnp.ones(2)) + jnp.ones((3, 3)), subclass("A")(jnp.ones(2))]
+assert "flax" not in sys.modules
+import flax
+from flax.serialization import from_bytes, to_bytes
+assert flax.serialization.__spec__.loader.get_source("flax.serialization")
+params = [*before, subclass("B")(jnp.ones(2))]
+blank = jax.tree.map(jnp.zeros_like, params)
+assert repr(from_bytes(blank, to_bytes(params))) == repr(params)
+assert not [x for x in sys.meta_path if "pallas_attn" in type(x).__module__]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @every_bias

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from pallas_attn.call import Call, Visibility
+from pallas_attn.positions import moved
 
 
 # Queries or keys behind one stored extreme or norm.
@@ -134,10 +135,10 @@ def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
         first_query = most(first_query, 0 - offset)
     if call.window:
         left, right = call.window
-        first_key = most(first_key, offset - left)
-        last_key = least(last_key, most(offset + queries + right, 0))
-        first_query = most(first_query, 0 - offset - right)
-        last_query = least(last_query, most(keys + left - offset, 0))
+        first_key = most(first_key, moved(offset, -left))
+        last_key = least(last_key, most(moved(offset + queries, right), 0))
+        first_query = most(first_query, moved(0 - offset, -right))
+        last_query = least(last_query, most(moved(keys - offset, left), 0))
     return Frame(offset, (first_query, last_query), (first_key, last_key))
 
 

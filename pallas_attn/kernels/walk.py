@@ -34,6 +34,7 @@ from pallas_attn.kernels.ranges import (
 )
 from pallas_attn.kernels.tile import load_blocks, load_number
 from pallas_attn.kernels.visible import Extremes, Frame, GRAIN, least, most, Sight
+from pallas_attn.positions import moved, UNBOUNDED
 
 
 i32 = jnp.int32
@@ -272,11 +273,11 @@ def _share(call: Call, q: Any, k: Any) -> jax.Array:
 
 
 def _ordered(call: Call, q: Any, k: Any) -> jax.Array:
-    left, right = call.window or (None, None)
+    left, right = call.window or (UNBOUNDED, UNBOUNDED)
     if call.causal:
         right = 0
-    ok = k[0] - q[1] <= right
-    return ok if left is None else ok & (q[0] - k[1] <= left)
+    ok = k[0] <= moved(q[1], right)
+    return ok if left == UNBOUNDED else ok & (k[1] >= moved(q[0], -left))
 
 
 def of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:

@@ -17,6 +17,7 @@ from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
 from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
+from pallas_attn.implementations import Implementation
 from pallas_attn.linen.bias import bias_value, BiasContext, read_by
 from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
 from pallas_attn.linen.mask import truth
@@ -72,8 +73,8 @@ class MultiHeadAttention(nn.Module):
         attn_weights_value_einsum_cls: None.
         num_kv_heads: K, a divisor of N; None: N.
         bias: A bias value, an array [#B, #N, #T, #S], a module (`ALiBi`, ...), or a sum
-            of them that starts with a module. While decoding, fields of a value that
-            have as many queries as the cache has places are read at the new tokens'.
+            of them. While decoding, fields of a value that have as many queries as the
+            cache has places are read at the new tokens'.
         normalizer: `Softmax()` or `Entmax(alpha, top_k)`.
         is_causal: Attend to positions up to the query's; always while decoding.
         local_window_size: An int or (left, right), in positions.
@@ -137,7 +138,7 @@ class MultiHeadAttention(nn.Module):
     local_window_size: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     query_key_hook: QueryKeyHook | None = None
-    implementation: str | Sequence[str] | None = None
+    implementation: Implementation | Sequence[Implementation] | None = None
     config: Config | None = None
 
     @nn.compact

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_attn.bias.base import as_bias, Bias, Sum
-from pallas_attn.bias.dense import DenseBias
 from pallas_attn.checks.rules import kind, wrong_shape
 from pallas_attn.linen.decode import cached, Slot
 
@@ -165,19 +165,12 @@ def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
     """
     if isinstance(bias, BiasModule):
         return bias(context)
-    advice = (
-        "Give a bias value, an array, a bias module (a BiasModule), or a sum of them "
-        "that starts with a module."
-    )
-    if isinstance(bias, nn.Module | type):
-        raise TypeError(f"`{name}` must be a bias; got {kind(bias)}. {advice}")
+    if isinstance(bias, nn.Module | type | list | tuple | FunctionType):
+        raise TypeError(
+            f"`{name}` must be a bias; got {kind(bias)}. Give a bias value, an array, "
+            "a bias module (a BiasModule), or a sum of them, `a + b`."
+        )
     value = as_bias(bias)
-    for term in value.terms if isinstance(value, Sum) else (value,):
-        if isinstance(term, DenseBias) and isinstance(term.bias, nn.Module):
-            raise TypeError(
-                f"`{name}` must start with a module where one is added to a value; got "
-                f"a value before {kind(term.bias)}. {advice}"
-            )
     return value if context.slot is None else context.slot.rows(value)
 
 

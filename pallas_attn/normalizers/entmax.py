@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,10 @@ FAR = 1e9
 
 # Sums of a row that holds no weight yet, in quotients.
 TINY = 1e-30
+
+# Below this alpha - 1 the power 1 / (alpha - 1) takes too many digits of its base,
+# 2^-24 / (alpha - 1) of a weight: functions smooth in alpha are taken, as of an array.
+LEAST_POWER = 0.1
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -105,7 +109,7 @@ class Functions(NamedTuple):
 
 @dataclass(frozen=True)
 class Power:
-    """The function p(t) of a static alpha > 1; a row's `level` is its gap.
+    """The function p(t) of a static alpha >= 1.1; a row's `level` is its gap.
 
     Whole powers are products: 1/a of alpha = 2, 3/2, 4/3, 5/4.
     """
@@ -171,7 +175,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Learned:
-    """The same of an alpha in [1, 2] that is data; `level` is log gap^(1/a) <= 0.
+    """The same of any alpha in [1, 2]; `level` is log gap^(1/a) <= 0.
 
     With g = gap and w = a (t - m) / g: log p = level + (t - m) / g * log1p(w) / w,
     which has no edge at a = 0.
@@ -255,6 +259,11 @@ class Learned:
         near = jnp.abs(w) < 0.05
         far = jnp.where(near, 1.0, w)
         return jnp.where(near, series, self.functions.log2(1 + far) * LN2 / far)
+
+
+def takes_power(alpha: float | None) -> TypeGuard[float]:
+    """Whether `Power` has the digits of this alpha; None: it is an array."""
+    return alpha is not None and alpha - 1 >= LEAST_POWER
 
 
 def steps(

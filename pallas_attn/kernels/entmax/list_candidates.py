@@ -65,7 +65,7 @@ def list_candidates_kernel(
     level, _ = slot_level(slots, power, call.scale)
     bound = bound_of(slots, level, power, call)
     within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
-    scores = whole(slots.sweep)
+    scores = slots.sweep.whole
     words, keys = collect(t0, scores, lambda x, _: ~(x < bound[:, None]), out, within)
     t0.put_stat(out["m"], slots.m)
     t0.put_stat(out["level"], level)
@@ -133,23 +133,6 @@ def blocks_above(
     may = ~(most < floor * (call.scale * LOG2E)) & (j < size)
     first = uniform(call, jnp.min(jnp.where(may, j, size)))
     return first, uniform(call, jnp.max(jnp.where(may, j + 1, 0)))
-
-
-def whole(sweep: Sweep) -> Scores:
-    """The scores of a tile in units of q.k, -inf where hidden.
-
-    There whatever a row's own part is: -inf + NaN would make candidates of hidden keys,
-    those past the last among them.
-    """
-
-    def total(t: Tile) -> jax.Array:
-        x, row, visible = sweep.scores(t)
-        if not sweep.ops.added.terms:
-            return x
-        x = x + row[:, None]
-        return x if visible is None else jnp.where(visible, x, -jnp.inf)
-
-    return total
 
 
 def collect(
@@ -240,7 +223,7 @@ def list_overflow_kernel(
     most = out["words"].shape[-1]
 
     def redo() -> jax.Array:
-        scores, runs = whole(sweep_of(t0, ops, plan)), key_runs(t0)
+        scores, runs = sweep_of(t0, ops, plan).whole, key_runs(t0)
         bound, m = t0.stat(stats["bound"]), t0.stat(stats["m"], jnp.inf)
         every = jnp.full(keys.shape, call.S, i32)
 

@@ -20,6 +20,7 @@ from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.owner import frame_of
 from pallas_attn.kernels.tile import load_number, load_where, store_where, Tile
 from pallas_attn.kernels.visible import Frame, Sight
+from pallas_attn.positions import difference
 
 
 f32 = jnp.float32
@@ -159,7 +160,7 @@ class Pairs:
     @property
     def distance(self) -> jax.Array:
         """Query position minus key position, float32."""
-        return (self.query_position - self.key_position).astype(f32)
+        return difference(self.query_position, self.key_position, f32)
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
