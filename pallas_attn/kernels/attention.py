@@ -112,7 +112,8 @@ def _forward(
     p = plan(call, ops.sight, ops.added, wanted)
     out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
     lse = out["lse"]
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    sums = out["peak"] * call.scale + out["total"] * LN2 if p.large else lse * LN2
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, sums)
     residuals = Residuals(ops, factors, wanted=wanted, **out)
     return (residuals.o, natural), residuals
 
