@@ -67,13 +67,14 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; on a known side a number, one per query and one per key.
+        """|distance| of visible pairs; on a known side a number, one per query and key.
 
-        Of one sign, so that none is larger than the distance: nothing cancels.
+        Those are of one sign and none is larger than the distance: nothing cancels.
         """
         side = self.side
         if self.sight.arrays.placed or (isinstance(side, int) and not side):
-            return (jnp.abs(self.distance),)
+            # not |x| where it changes nothing: it costs registers
+            return (self.distance if self.call.causal else jnp.abs(self.distance),)
         # from the nearest pair: the first query and the last key, or the reverse
         queries = (1 - side) * 0.5 * (self.bq - 1)
         keys = (1 + side) * 0.5 * (self.bk - 1)
