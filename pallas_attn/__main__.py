@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pallas_attn.command import Parser
+
 
 class Command(NamedTuple):
     """Where a command's `main(argv)` lives, what it does, the extra it needs."""
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     lines = [f"  {name:9}{command.purpose}" for name, command in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m pallas_attn",
         description="Attention with biases for JAX.",
         epilog="\n".join(["commands:", *lines, "", "each takes --help"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload, TypedDict, Unpack
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +14,12 @@ from pallas_attn.bias.base import Bias
 from pallas_attn.canonical import Canonical, canonical
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
-from pallas_attn.implementations import attend_of, sparsity_of, visited_of
+from pallas_attn.implementations import (
+    attend_of,
+    Implementation,
+    sparsity_of,
+    visited_of,
+)
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.placement.run import run
@@ -60,6 +65,67 @@ class Sparsity(NamedTuple):
     skipped_blocks: Float[Array, "*B N"]
 
 
+class Options(TypedDict, total=False):
+    """The keywords of a call, but for `return_residual`: for type checkers alone."""
+
+    scale: ArrayLike | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    query_offset: ArrayLike
+    query_positions: ArrayLike | None
+    key_positions: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_segment_ids: ArrayLike | None
+    normalizer: Softmax | Entmax
+    logits_soft_cap: float | None
+    dropout_rate: float
+    dropout_rng: Array | None
+    precision: lax.PrecisionLike
+    implementation: Implementation | Sequence[Implementation] | None
+    config: Config | None
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N h"]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N h"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+
+
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -82,7 +148,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -246,7 +312,7 @@ def visited(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
 ) -> Visited:
     """The share of visible blocks that each pass visits: what pruning leaves.
@@ -319,7 +385,7 @@ def sparsity(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     precision: lax.PrecisionLike = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
 ) -> Sparsity:
     """How sparse the weights of a call are, and what that saves.

@@ -7,9 +7,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place
+from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call, positions, Visibility
 from pallas_attn.checks import (
@@ -18,7 +19,7 @@ from pallas_attn.checks import (
     options as check_static,
 )
 from pallas_attn.implementations import current_device, resolve
-from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.shapes import flattened, Sizes
 
@@ -120,7 +121,7 @@ def canonical(
         seed=seed,
     )
     bias = check_bias.given(bias, sizes)
-    alpha, top_k = _alpha_and_top_k(normalizer, sizes)
+    alpha, top_k = _alpha_and_top_k(normalizer, sizes, accumulator(q.dtype))
     sparse = not _is_softmax(alpha, top_k)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
@@ -155,7 +156,8 @@ def canonical(
         config=config,
         interpret=name == "triton_interpret",
     )
-    bias = _bias(bias, sizes, _place(sizes, call, visibility))
+    place = _place(sizes, call, visibility, alone=_one_placed(bias))
+    bias = _bias(bias, sizes, place)
     learned = None
     if not isinstance(alpha, int | float):
         learned = alpha.astype(accumulator(q.dtype))[None]
@@ -169,12 +171,14 @@ def accumulator(dtype: Any) -> Any:
 
 
 def _alpha_and_top_k(
-    normalizer: Softmax | Entmax, sizes: Sizes
+    normalizer: Softmax | Entmax, sizes: Sizes, dtype: Any
 ) -> tuple[float | Float[Array, " N"], int | None]:
     """Those of entmax; softmax has alpha 1 and every visible key."""
     if isinstance(normalizer, Softmax):
         return 1.0, None
     alpha, top_k = check.alpha(normalizer.alpha, sizes), normalizer.top_k
+    if isinstance(alpha, float) and not takes_power(alpha):
+        alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
     return alpha, None if top_k is None or top_k >= sizes.S else int(top_k)
 
 
@@ -190,12 +194,22 @@ def _scaled(
         return q, 1 / math.sqrt(q.shape[-1])
     if not isinstance(scale, int | float):
         wide = accumulator(q.dtype)
-        return (q.astype(wide) * scale.astype(wide)).astype(q.dtype), 1.0
+        return _times(q.astype(wide), scale.astype(wide)).astype(q.dtype), 1.0
     if scale < 0:
         q, scale = -q, -scale
     if scale < LEAST_SCALE:
         return q * jnp.asarray(scale, q.dtype), 1.0
     return q, scale
+
+
+def _times(q: Float[Array, "*B T N H"], scale: Array) -> Float[Array, "*B T N H"]:
+    """The product; a number that is not finite adds nothing to the scale's gradient.
+
+    It may be a query's that sees no key: its own gradient is 0, and 0 * NaN is NaN.
+    """
+    finite = jnp.isfinite(q)
+    others = q * lax.stop_gradient(scale)
+    return jnp.where(finite, jnp.where(finite, q, 0) * scale, others)
 
 
 def _visibility(
@@ -231,25 +245,36 @@ def _visibility(
     )
 
 
-def _place(sizes: Sizes, call: Call, visibility: Visibility) -> Place:
+def _place(sizes: Sizes, call: Call, visibility: Visibility, *, alone: bool) -> Place:
     """Where the queries and keys stand, for biases whose axes are still as given."""
 
-    def led(x: Array) -> Array:
+    def led(x: Any) -> Any:
+        if x is None:
+            return None
         shared = x.shape[0] == 1 != sizes.B
         front = (1,) * len(sizes.leading) if shared else sizes.leading
         return x.reshape(*front, *x.shape[1:])
 
     queries, keys = positions(call, visibility)
-    offset, lengths = visibility.offset, visibility.key_lengths
+    offset = visibility.offset
     implicit = call.offset if offset is None else led(offset)
     return Place(
         led(queries),
         led(keys),
         offset=None if visibility.placed else implicit,
-        key_lengths=None if lengths is None else led(lengths),
+        key_lengths=led(visibility.key_lengths),
+        query_segments=led(visibility.query_segments),
+        key_segments=led(visibility.key_segments),
         causal=call.causal,
+        alone=alone and visibility.mask is None,
         dtype=accumulator(jnp.dtype(call.dtype)),
     )
+
+
+def _one_placed(bias: Bias) -> bool:
+    """Whether a bias is one term, which asks where it is."""
+    terms = bias.terms if isinstance(bias, Sum) else (bias,)
+    return len(terms) == 1 and type(terms[0]).at is not Bias.at
 
 
 def _bias(bias: Bias, sizes: Sizes, place: Place) -> Added | CoALiBi:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import shutil
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from importlib import metadata
 
 import jax
 
+from pallas_attn import __version__
+from pallas_attn.command import Parser
 from pallas_attn.implementations import current_device, Device, NAMES, resolve
 
 
@@ -23,7 +24,7 @@ PACKAGES = {
     "jax-cuda13-plugin": "NVIDIA GPUs, CUDA 13",
     "optax": "demo",
     "rich": "demo and bench",
-    "matplotlib": "demo and bench",
+    "matplotlib": "demo",
 }
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, 0.
     """
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m pallas_attn doctor",
         description="Says what would run here, why, and what to install.",
     ).parse_args(argv)
@@ -89,7 +90,7 @@ def advice(
     if missing:
         lines.append(f"For the demo, {', '.join(missing)}: pip install -e '.[demo]'.")
     if not versions["triton"]:
-        lines.append("For inspect, triton: pip install -e '.[test]'.")
+        lines.append("For inspect, triton: pip install triton (Linux; no GPU needed).")
     return lines
 
 
@@ -103,7 +104,7 @@ def _version(name: str) -> str | None:
 def _print_versions(versions: dict[str, str | None]) -> None:
     print("Versions")
     print(f"  {'python':19}{platform.python_version():12}{platform.platform()}")
-    print(f"  {'pallas_attn':19}{_version('pallas_attn') or 'not installed'}")
+    print(f"  {'pallas_attn':19}{__version__}")
     for name, version in versions.items():
         print(f"  {name:19}{version or '-':12}{PACKAGES[name]}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, get_args, Literal, NamedTuple
 
 import jax
 
@@ -17,7 +17,8 @@ MODULES = {
     "co_alibi": ("co_alibi", "co_alibi.attention"),
 }
 
-NAMES = ("triton", "triton_interpret", "xla", "reference")
+Implementation = Literal["triton", "triton_interpret", "xla", "reference"]
+NAMES: tuple[Implementation, ...] = get_args(Implementation)
 
 # None: the first of these that can run.
 PREFERENCE = ("triton", "xla")

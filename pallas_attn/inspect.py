@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from pallas_attn.command import Parser, whole
+from pallas_attn.implementations import WIDEST_HEAD
 from pallas_attn.testing.cases import Case
 from pallas_attn.testing.evaluate import kernels
 from pallas_attn.testing.lowering import (
@@ -110,10 +111,8 @@ def _row(name: str, kernel: Kernel, record: Record) -> tuple[str, ...]:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_attn inspect", description=__doc__
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python -m pallas_attn inspect", description=__doc__)
     parser.add_argument(
         "--arch", type=int, choices=list(DEVICES), default=90, help="sm_ (default: 90)"
     )
@@ -125,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(CASES)}; may be repeated (default: all)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--head-dim", type=int, default=128, help="H and h")
-    parser.add_argument("--length", type=int, default=4096, help="T and S")
+    parser.add_argument(
+        "--head-dim",
+        type=whole(1, WIDEST_HEAD),
+        default=128,
+        help=f"H and h, at most {WIDEST_HEAD} (default: 128)",
+    )
+    parser.add_argument(
+        "--length", type=whole(1), default=4096, help="T and S (default: 4096)"
+    )
     return parser

@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.bias.base import Added, at_least_float32, Bias, homes
 from pallas_attn.call import Call, NO_WEIGHT, positions, Visibility
+from pallas_attn.positions import within
 
 
 def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
@@ -20,12 +21,11 @@ def allowed(call: Call, visibility: Visibility) -> Bool[Array, "#B #N #T #S"]:
     """
     conditions = []
     queries, keys = positions(call, visibility)
-    distance = queries[:, :, :, None] - keys[:, :, None, :]
+    queries, keys = queries[:, :, :, None], keys[:, :, None, :]
     if call.causal:
-        conditions.append(distance >= 0)
+        conditions.append(keys <= queries)
     if call.window is not None:
-        left, right = call.window
-        conditions += [distance <= left, distance >= -right]
+        conditions += within(queries, keys, call.window)
     if visibility.query_lengths is not None:
         rows = jnp.arange(call.T, dtype=jnp.int32)[None, None, :, None]
         conditions.append(rows < visibility.query_lengths[:, None, None, None])
@@ -48,10 +48,12 @@ def weighty(x: Array) -> Bool[Array, "*axes"]:
 
 
 def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
-    """A field, 0 where no place that is True reads it.
+    """A field in float32 at least, 0 where no place that is True reads it.
 
-    So that NaN there reaches neither a score nor, as 0 * NaN, a gradient.
+    So that NaN there reaches neither a score nor, as 0 * NaN, a gradient. Widened
+    first: what many places add to the gradient of one entry is rounded once.
     """
+    x = x.astype(at_least_float32(x))
     match home:
         case "query":  # [#B, T, #N, ...]
             by = jnp.swapaxes(places.any(3), 1, 2)

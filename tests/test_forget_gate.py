@@ -1,5 +1,9 @@
 """The forget gate is its formula, to an error that does not grow with the length."""
 
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,8 @@ import pytest
 
 import pallas_attn
 from pallas_attn import ALiBi, Block, Config, DenseBias, ForgetGate
+from pallas_attn.bias.base import homes, Place, Region, tile_on
+from pallas_attn.bias.running_sums import RESET, ROOM
 from pallas_attn.testing.cases import Case, SITUATIONS
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -29,6 +35,8 @@ PLACED = [
     "positions shuffled",
     "positions per head",
     "causal window lengths",
+    "mask B11S",
+    "packed",
 ]
 
 
@@ -94,6 +102,157 @@ def test_every_gradient(situation, implementation):
 
 def test_those_situations_are_known():
     assert set(PLACED) <= set(SITUATIONS)
+
+
+LOWEST = float(np.finfo(np.float32).min)
+RESETS = {
+    "none": {},
+    "ordinary": {40: -40.0},
+    "-65504": {40: -65504.0},
+    "-1e4": {40: -1e4, 41: -1e4, 200: -1e4},
+    "-1e9": {1: -1e9, 40: -1e9, 200: -1e9, 299: -1e9},
+    "-1e15": {0: -1e15, 200: -1e15},
+    "-1e20": {40: -1e20, 200: -1e20},
+    "lowest": {40: LOWEST, 41: LOWEST, 200: LOWEST},
+    "-inf": {40: -np.inf, 200: -np.inf},
+    "two sizes": {40: -1e9, 200: -2e4},
+    "everywhere": dict.fromkeys(range(300), -1e9),
+}
+
+
+def gates_with(resets, length=300):
+    """Gates [length, 2] of small and of large steps, and what resets them."""
+    rng = np.random.default_rng(3)
+    gates = -np.abs(rng.standard_normal((length, 2))) * [0.003, 30.0]
+    for place, reset in resets.items():
+        gates[place] = reset
+    return gates.astype(np.float32)
+
+
+def between(gates):
+    """Sums of the gates after j up to i, each added up for itself, in float64."""
+    length = len(gates)
+    sums = np.zeros((2, length, length))
+    for j in range(length):
+        sums[:, j + 1 :, j] = np.cumsum(gates[j + 1 :].astype(np.float64), 0).T
+    return sums
+
+
+def placed(gates, place):
+    """What is added to the scores where a call puts its queries and keys."""
+    term = ForgetGate(jnp.asarray(gates)).at(place)
+    region = Region(
+        place.query_positions[..., :, None], place.key_positions[..., None, :]
+    )
+    return np.asarray(tile_on(term, region)[0])
+
+
+def counted(length, first=0):
+    return first + jnp.arange(length, dtype=jnp.int32)[None, None]
+
+
+@pytest.mark.parametrize("size", RESETS)
+def test_a_reset_costs_nothing_of_what_comes_after(size):
+    """Value by value; at -1e30 and below it has no weight, whatever it is."""
+    gates = gates_with(RESETS[size])
+    want, positions = between(gates), counted(300)
+    found = placed(gates[None], Place(positions, positions))
+    weighty = want > -1e30
+    assert_long_sum(found[weighty], want[weighty])
+    assert (found[~weighty] <= -1e30).all()
+    assert (found <= 1e-3).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", RESETS)
+def test_alone_a_reset_is_far_below_all_else(size, causal):
+    """No mask and no other term: a row sees something that no reset has touched."""
+    gates = gates_with(RESETS[size])
+    want, positions = between(gates), counted(300)
+    place = Place(positions, positions, offset=0, causal=causal, alone=True)
+    found = placed(gates[None], place)
+    before = np.tril(np.ones((300, 300), bool))
+    near = before & (want > -RESET)
+    assert_long_sum(found[:, before][near[:, before]], want[near])
+    assert (found[before & ~near] < -0.99 * RESET).all()
+    if len(RESETS[size]) <= 1 and want.min() > -ROOM:  # there is room: all is exact
+        assert_long_sum(found[:, before], want[:, before])
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", RESETS)
+def test_the_bound_is_one(size, causal, alone):
+    """Of blocks of 64 queries and keys: no value of theirs is above it."""
+    gates, positions = gates_with(RESETS[size], 320)[None], counted(320)
+    place = Place(positions, positions, offset=0, causal=causal, alone=alone)
+    term = ForgetGate(jnp.asarray(gates)).at(place)
+    extremes = {}
+    for name in homes(term):
+        blocks = getattr(term, name)[0].reshape(5, 64, 2)
+        axis = 1 if name.startswith("query") else 0
+        least, most = (jnp.expand_dims(x(1), axis) for x in (blocks.min, blocks.max))
+        extremes[name] = SimpleNamespace(least=least, most=most)
+    first = 64 * jnp.arange(5)[:, None]
+    q, k = first[:, None], first[None]
+    bound = replace(term, **extremes).bound(q, q + 63, k, k + 63)
+    values = placed(gates, place)
+    if causal:
+        hidden = np.arange(320)[:, None] < np.arange(320)
+        values = np.where(hidden, -np.inf, values)
+    most = values.reshape(2, 5, 64, 5, 64).max((2, 4))
+    assert (np.moveaxis(np.asarray(bound), -1, 0) >= most).all()
+
+
+def of_segments(rng, count, ordered):
+    ids = rng.choice([7, -(2**31), 2**31 - 1], (2, count))
+    return np.sort(ids, -1) if ordered else ids
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "where", ["counted", "offset", "offsets", "restart", "any", "heads"]
+)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_sums_are_those_of_the_segment(ordered, where, alone):
+    """Ids in any order, of queries other than of keys; NaN stays in its segment."""
+    rng = np.random.default_rng(5)
+    T, S, N = 31, 41, 3
+    gates = -np.abs(rng.standard_normal((2, S, N))).astype(np.float32)
+    ids = of_segments(rng, T, ordered), of_segments(rng, S, ordered)
+    gates[ids[1] == 7] = np.nan
+    first = {"offset": 6, "offsets": np.array([-4, 9])[:, None, None]}.get(where, 0)
+    queries, keys = (np.arange(n)[None, None] for n in (T, S))
+    queries = queries + first
+    if where == "restart":
+        queries, keys = (np.stack([np.cumsum(x[b] == x[b, 0]) for b in (0, 1)])[:, None]
+                         for x in ids)  # fmt: skip
+    if where in ("any", "heads"):
+        shape = (2, N) if where == "heads" else (1, 1)
+        queries, keys = (rng.integers(-9, 9, (*shape, n)) for n in (T, S))
+    i32 = lambda x: jnp.asarray(x, jnp.int32)
+    offset = {"counted": 0, "offset": 6, "offsets": i32(np.array([-4, 9]))}.get(where)
+    place = Place(
+        i32(queries),
+        i32(keys),
+        offset=offset,
+        query_segments=i32(ids[0]),
+        key_segments=i32(ids[1]),
+        alone=alone,
+    )
+    term = ForgetGate(jnp.asarray(gates)).at(place)
+    region = Region(place.query_positions[..., None], place.key_positions[..., None, :])
+    found = np.broadcast_to(tile_on(term, region), (2, N, T, S))
+    queries, keys = (np.broadcast_to(x, (2, N, x.shape[-1])) for x in (queries, keys))
+    for b, n in itertools.product(range(2), range(N)):
+        want = np.zeros((T, S))
+        for i, j in itertools.product(range(T), range(S)):
+            own = ids[1][b] == ids[0][b, i]
+            after = (keys[b, n] > keys[b, n, j]) & (keys[b, n] <= queries[b, n, i])
+            want[i, j] = gates[b, own & after, n].astype(np.float64).sum()
+        same = (ids[0][b][:, None] == ids[1][b]) & (ids[1][b] != 7)
+        assert same.any()
+        assert_long_sum(found[b, n][same], want[same])
 
 
 def strong_gates(length):

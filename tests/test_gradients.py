@@ -1,7 +1,10 @@
 """Outputs and every gradient are those of the dense reference in float64."""
 
+from dataclasses import replace
+
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +25,7 @@ from pallas_attn.testing.evaluate import (
 )
 from pallas_attn.testing.numerics import (
     assert_formula,
+    assert_rounded_once,
     assert_rounding,
     assert_zero,
     GRADIENT_RATIO,
@@ -76,6 +80,19 @@ def test_float64_never_goes_through_float32(bias, implementation):
             moved = [*leaves[:place], x * (1 + 2.0**-36), *leaves[place + 1 :]]
             other, _ = evaluate(tree.unflatten(moved), {}, cotangents)
             assert not np.array_equal(output[0], other[0])
+
+
+@pytest.mark.parametrize("implementation", [*implementations(), "reference"])
+def test_a_narrow_shared_bias_is_summed_in_float32(implementation):
+    """What many places add to one entry of its gradient is rounded once."""
+    forms = ["11TS", "1NT1", "BNT1", "B11S"]
+    drawn = [Case(f"dense-{form}", "lengths").sample() for form in forms]
+    bias = sum(x.operands["bias"] for x in drawn)
+    bias = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bias)
+    sample = replace(drawn[0], operands={**drawn[0].operands, "bias": bias})
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    _, got = gradients(sample, **options)
+    assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
 
 
 @pytest.mark.parametrize("bias", KINDS)

@@ -2,10 +2,13 @@
 
 import inspect
 import json
+import pydoc
 import re
 import statistics
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,9 +16,11 @@ import pytest
 import pallas_attn
 import pallas_attn.linen
 from pallas_attn import Bias, dot_product_attention, Softmax, sparsity, visited
+from pallas_attn.api import Options
 from pallas_attn.testing.evaluate import kernel_implementation
 
 
+ROOT = Path(__file__).parent.parent
 PUBLIC = [
     "ALiBi",
     "Bias",
@@ -28,6 +33,7 @@ PUBLIC = [
     "ForgetGate",
     "Softmax",
     "Sparsity",
+    "Sum",
     "Truncation",
     "Visited",
     "alibi_factors",
@@ -81,6 +87,7 @@ UNSOURCED = {
     "Block",
     "Config",
     "Sparsity",
+    "Sum",
     "Truncation",
     "Visited",
     "co_alibi_slopes",
@@ -124,13 +131,35 @@ print(json.dumps([seconds, sorted(heavy & set(sys.modules))]))
 def test_exports_are_the_public_names(package, public):
     modules = {name for name, x in vars(package).items() if inspect.ismodule(x)}
     found = {name for name in vars(package) if not name.startswith("_")}
-    assert sorted(found - modules) == public
+    assert sorted(found - modules) == sorted(package.__all__) == public
+    namespace: dict[str, object] = {}
+    exec(f"from {package.__name__} import *", namespace)
+    assert sorted(set(namespace) - {"__builtins__"}) == public
+    said = pydoc.plain(pydoc.render_doc(package))  # help()
+    for name in public:
+        assert re.search(rf"^    (class )?{name}\(", said, re.M), name
+
+
+def test_the_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    (path,) = project["tool"]["hatch"]["version"].values()
+    assert f'__version__ = "{pallas_attn.__version__}"' in (ROOT / path).read_text()
 
 
 def test_the_signature_is_the_contract():
     found = inspect.signature(dot_product_attention).parameters.values()
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in found]
     assert str(inspect.Signature(bare))[1:-1].split() == SIGNATURE.split()
+
+
+def test_type_checkers_know_every_keyword():
+    keywords = dict(inspect.signature(dot_product_attention).parameters)
+    keywords = {k: p for k, p in keywords.items() if p.kind == p.KEYWORD_ONLY}
+    del keywords["return_residual"]
+    assert Options.__annotations__.keys() == keywords.keys()
+    for name, annotation in Options.__annotations__.items():
+        assert annotation.__forward_arg__ == keywords[name].annotation
 
 
 @pytest.mark.parametrize("function", [visited, sparsity])

@@ -19,6 +19,7 @@ from pallas_attn.benchmark.programs import jobs, sides
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.benchmark.timing import Failure
+from pallas_attn.implementations import Implementation
 
 
 Say = Callable[[str], None]
@@ -26,7 +27,7 @@ MIB = 2**20
 
 
 def measured(
-    cases: Sequence[Case], implementation: str, repeats: int, say: Say
+    cases: Sequence[Case], implementation: Implementation, repeats: int, say: Say
 ) -> Iterator[Result]:
     """A result for each case, as they are done.
 
@@ -98,7 +99,7 @@ def _measure(
     case: Case,
     result: Result,
     programs: Mapping[str, Any],
-    implementation: str,
+    implementation: Implementation,
     repeats: int,
 ) -> Result:
     failures = result.failures | {

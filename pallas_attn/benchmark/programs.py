@@ -18,6 +18,7 @@ from pallas_attn.benchmark.inputs import draw, Inputs, shapes_of
 from pallas_attn.benchmark.peers import PEERS
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.config import Config
+from pallas_attn.implementations import Implementation
 from pallas_attn.normalizers.softmax import Softmax
 
 
@@ -49,7 +50,9 @@ class Side:
         }
 
 
-def ours(case: Case, implementation: str, config: Config | None = None) -> Side:
+def ours(
+    case: Case, implementation: Implementation, config: Config | None = None
+) -> Side:
     """The public function, as a case calls it, or with another config."""
 
     def attend(*operands: Any) -> Array:
@@ -64,7 +67,7 @@ def ours(case: Case, implementation: str, config: Config | None = None) -> Side:
     return Side(attend)
 
 
-def sides(case: Case, implementation: str) -> dict[str, Side]:
+def sides(case: Case, implementation: Implementation) -> dict[str, Side]:
     """By name: "ours", and "peer" where a case has one."""
     both = {"ours": ours(case, implementation)}
     if case.peer is None:
@@ -74,7 +77,7 @@ def sides(case: Case, implementation: str) -> dict[str, Side]:
     return {**both, "peer": Side(attend, peer.biased and bool(case.bias))}
 
 
-def jobs(case: Case, implementation: str) -> dict[str, Callable[[], Any]]:
+def jobs(case: Case, implementation: Implementation) -> dict[str, Callable[[], Any]]:
     """By name, what compiles each program of a case.
 
     "draw", "visited", and for "ours" and "peer": "ours forward", "ours both",
@@ -104,7 +107,9 @@ def jobs(case: Case, implementation: str) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def _visited(case: Case, implementation: str) -> Callable[[Inputs], dict[str, Array]]:
+def _visited(
+    case: Case, implementation: Implementation
+) -> Callable[[Inputs], dict[str, Array]]:
     """The mean share of visible blocks that each pass visits."""
 
     def shares(inputs: Inputs) -> dict[str, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import importlib.metadata
@@ -22,6 +21,8 @@ from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.benchmark.training_step import StepCase, STEPS
+from pallas_attn.command import new_file, Parser, whole
+from pallas_attn.implementations import Implementation, NAMES
 
 
 CaseT = TypeVar("CaseT", Case, StepCase, Case | StepCase)
@@ -76,7 +77,7 @@ def main(
     parser = _parser()
     options = parser.parse_args(argv)
     if options.markdown:
-        print(tables.markdown(json.loads(options.markdown.read_text())))
+        print(_tables_of(options.markdown, parser))
         return 0
     if options.list:
         for case in cases:
@@ -84,8 +85,15 @@ def main(
         return 0
     here = "gpu" if measure.on_gpu() else "cpu"
     chosen = selected(cases, options.cases, here)
+    _refuse_others(cases, options.cases, here, parser)
     if not chosen:
-        parser.error(f"no case for {here} has such a name; --list shows all")
+        parser.error(f"no case is for a {here}; --list shows all")
+    try:
+        choices = [x for text in options.sweep for x in sweep.parsed(text)]
+    except ValueError as error:
+        parser.error(str(error))
+    if choices and not any(isinstance(case, Case) for case in chosen):
+        parser.error("--sweep needs a case of attention; --list shows all")
     implementation = options.implementation or ("triton" if here == "gpu" else "xla")
     device = jax.devices()[0]
     print(
@@ -94,15 +102,9 @@ def main(
     if here == "cpu":
         print("No GPU: the CPU cases only (the others need a CUDA device).")
     report = _report(implementation)
-    try:
-        choices = [x for text in options.sweep for x in sweep.parsed(text)]
-    except ValueError as error:
-        parser.error(str(error))
     attention = [case for case in chosen if isinstance(case, Case)]
     steps = [case for case in chosen if isinstance(case, StepCase)]
     if choices:
-        if not attention:
-            parser.error("--sweep needs a case of attention; --list shows all")
         trials = sweep.swept(attention, choices, implementation, options.repeats, _say)
         report["sweep"] = [dataclasses.asdict(trial) for trial in trials]
         failed = any(trial.failure for trial in trials)
@@ -139,18 +141,56 @@ def selected(cases: Sequence[CaseT], names: Sequence[str], here: str) -> list[Ca
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _refuse_others(
+    cases: Sequence[Case | StepCase], names: Sequence[str], here: str, parser: Parser
+) -> None:
+    """Every name must be that of a case of this platform."""
+    for name in names:
+        if selected(cases, [name], here):
+            continue
+        mine = [case.name for case in cases if case.platform == here]
+        known = any(fnmatch.fnmatchcase(case.name, name) for case in cases)
+        why = f"needs another device than this {here}" if known else "is no case"
+        few = ", ".join(mine[:6]) + (", ..." if len(mine) > 6 else "")
+        parser.error(f"{name} {why}; cases of a {here}: {few}; --list shows all")
+
+
+def _tables_of(path: Path, parser: Parser) -> str:
+    """The tables of a report that `--json` wrote."""
+    try:
+        return tables.markdown(json.loads(path.read_text()))
+    except OSError as error:
+        parser.error(f"argument --markdown: {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"argument --markdown: {path} is no report that --json wrote")
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m pallas_attn bench",
         description="Time attention with biases against jax.nn's, in one run.",
     )
     add = parser.add_argument
     add("cases", nargs="*", help="names or patterns of cases (default: all)")
     add("--list", action="store_true", help="print the cases and where they are from")
-    add("--json", type=Path, metavar="PATH", help="write the report here")
+    add(
+        "--json",
+        type=new_file(),
+        metavar="PATH",
+        help="write the report here; its folder is made if it is missing",
+    )
     add("--markdown", type=Path, metavar="PATH", help="print a report's table and stop")
-    add("--implementation", help="ours (default: triton on a GPU, else xla)")
-    add("--repeats", type=int, default=timing.REPEATS, help="rounds of each timing")
+    add(
+        "--implementation",
+        choices=NAMES,
+        help="ours (default: triton on a GPU, else xla)",
+    )
+    add(
+        "--repeats",
+        type=whole(1),
+        default=timing.REPEATS,
+        help="rounds of each timing (default: %(default)s)",
+    )
     add(
         "--sweep",
         action="append",
@@ -170,10 +210,10 @@ def _summary(results: Sequence[Result], steps: Sequence[Result]) -> None:
         tables.terminal(tables.STEP_HEAD, lines)
         _say(f"{STEPS_METHOD}.")
     met = [met for result in (*results, *steps) for met in result.met().values()]
-    _say(f"{sum(met)} of {len(met)} targets met.")
+    _say(f"{sum(met)} of {len(met)} targets met. (Those of pallas_attn's own cases.)")
 
 
-def _report(implementation: str) -> dict[str, Any]:
+def _report(implementation: Implementation) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "method": METHOD,

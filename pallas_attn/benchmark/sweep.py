@@ -17,6 +17,7 @@ from pallas_attn.benchmark.programs import compiled, ours
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.benchmark.timing import Failure, Timing
 from pallas_attn.config import Block, Config
+from pallas_attn.implementations import Implementation
 
 
 PASSES = ("forward", "rows", "cols", "tiles")
@@ -69,7 +70,7 @@ def parsed(text: str) -> list[tuple[str, Block]]:
 def swept(
     cases: Sequence[Case],
     choices: Sequence[tuple[str, Block]],
-    implementation: str,
+    implementation: Implementation,
     repeats: int,
     say: Callable[[str], None],
 ) -> list[Trial]:
@@ -122,7 +123,10 @@ def _configs(
 
 
 def _compile(
-    case: Case, implementation: str, key: tuple[str, str], config: Config | None
+    case: Case,
+    implementation: Implementation,
+    key: tuple[str, str],
+    config: Config | None,
 ) -> Any:
     side = ours(case, implementation, config)
     return compiled(getattr(side, key[0]), shapes_of(case))

@@ -22,6 +22,7 @@ from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.timing import Failure
 from pallas_attn.bias.alibi import ALiBi, alibi_slopes
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.implementations import Implementation
 from pallas_attn.testing.numerics import FORMULA, GRADIENT_RATIO
 
 
@@ -195,7 +196,7 @@ def adamw() -> Any:
     return optax.adamw(LEARNING_RATE)
 
 
-def ours(case: StepCase, implementation: str | None) -> Side:
+def ours(case: StepCase, implementation: Implementation | None) -> Side:
     """Our layer, with slopes instead of an array."""
 
     def model(bias: Array | None) -> GPT:
@@ -302,7 +303,9 @@ def relative_errors(side: Side, *operands: Any) -> dict[str, Array]:
     }
 
 
-def jobs(case: StepCase, implementation: str) -> dict[str, Callable[[], Any]]:
+def jobs(
+    case: StepCase, implementation: Implementation
+) -> dict[str, Callable[[], Any]]:
     """By name, what compiles each program of a case."""
     shapes = jax.eval_shape(functools.partial(drawn, case), jax.random.key(0))
     found: dict[str, Callable[[], Any]] = {
@@ -326,7 +329,7 @@ def jobs(case: StepCase, implementation: str) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def sides(case: StepCase, implementation: str) -> dict[str, Side]:
+def sides(case: StepCase, implementation: Implementation) -> dict[str, Side]:
     """By name."""
     return {"ours": ours(case, implementation), "peer": peer(case)}
 
@@ -344,7 +347,10 @@ def operands(side: str, work: str, arrays: Mapping[str, Any]) -> tuple[Any, ...]
 
 
 def measured(
-    cases: Sequence[StepCase], implementation: str, repeats: int, say: measure.Say
+    cases: Sequence[StepCase],
+    implementation: Implementation,
+    repeats: int,
+    say: measure.Say,
 ) -> Iterator[Result]:
     """A result for each case, as they are done.
 

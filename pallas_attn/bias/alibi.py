@@ -60,6 +60,7 @@ def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> Float[Array, " N"]:
 
     Raises:
         ValueError: if num_heads < 1.
+        TypeError: if it is no int.
 
     >>> [float(x) for x in alibi_slopes(6)]
     [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]
@@ -90,6 +91,7 @@ def linear_alibi_slopes(
 
     Raises:
         ValueError: if num_heads < 1.
+        TypeError: if it is no int.
 
     >>> [round(float(x), 3) for x in linear_alibi_slopes(4)]
     [0.05, 0.2, 0.35, 0.5]
@@ -99,5 +101,12 @@ def linear_alibi_slopes(
 
 
 def _check_heads(num_heads: int) -> None:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int | np.integer):
+        raise TypeError(
+            f"`num_heads` must be an int, the N of query; got {num_heads!r}. It is "
+            "static: `query.shape[-2]`."
+        )
     if num_heads < 1:
-        raise ValueError(f"`num_heads` must be at least 1; got {num_heads}.")
+        raise ValueError(
+            f"`num_heads` must be at least 1; got {num_heads}. Give the N of query."
+        )

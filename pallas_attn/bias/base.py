@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.flax_state import serializable
+from pallas_attn.positions import difference
+from pallas_attn.shown import with_fields
+
 
 def head_home() -> Any:
     """A field with one number per head, [#B, #N].
@@ -109,11 +113,15 @@ class Bias:
     __array_ufunc__ = None
 
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, eq=False)(cls)
+        dataclass(frozen=True, eq=False, repr=False)(cls)
         fields = dataclasses.fields(cls)
         static = [f.name for f in fields if f.metadata.get("static")]
         data = [f.name for f in fields if f.name not in static]
         jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+        serializable(cls, data)
+
+    def __repr__(self) -> str:
+        return with_fields(self)
 
     def at(self, place: Place) -> Bias:
         """The term where a call puts its queries and keys; computed on whole arrays."""
@@ -136,6 +144,9 @@ class Bias:
         or pair, shaped to broadcast against the tile. `t.distance` (float32: query
         position minus key position), `t.query_position` and `t.key_position` (int32)
         are there, and `t.away`, |distance| as parts each as small as it can be.
+
+        It works entry by entry: a call raises where a tile adds up, sorts or indexes
+        entries, changes axes, or reads an array that is no field.
         """
         return ()
 
@@ -167,6 +178,9 @@ class Bias:
 
         Returns:
             The added values [#B, #N, T, S], float32, or float64 if a field is.
+
+        Raises:
+            ValueError: if positions have no axis, or more than three.
         """
         queries, keys = _with_heads(query_positions), _with_heads(key_positions)
         dtype = at_least_float32(*jax.tree.leaves(self))
@@ -178,19 +192,59 @@ class Bias:
         shape = (1, 1, region.query_position.shape[2], region.key_position.shape[3])
         return functools.reduce(jnp.add, values, jnp.zeros(shape, region.dtype))
 
-    def __add__(self, other: Any) -> Bias:
-        return Sum((*_terms(self), *_terms(other)))
+    def __add__(self, other: Any) -> Sum:
+        return Sum((*_terms(self), *_terms(other))) if _term(other) else NotImplemented
 
-    def __radd__(self, other: Any) -> Bias:
-        if isinstance(other, int) and other == 0:  # the start of sum(...)
+    # Any: of 0 it is the term itself, which `sum` starts with
+    def __radd__(self, other: Any) -> Any:
+        if isinstance(other, int) and other == 0:
             return self
-        return Sum((*_terms(other), *_terms(self)))
+        return Sum((*_terms(other), *_terms(self))) if _term(other) else NotImplemented
+
+
+def _refused(sign: str) -> Any:
+    def refuse(self: Bias, *other: Any) -> Any:
+        raise TypeError(
+            f"A bias has no `{sign}`, only `+`; got {type(self).__name__}. Scale or "
+            "negate its arrays: `ALiBi(2 * slopes)`, `DenseBias(-array)`; of a product "
+            "one factor."
+        )
+
+    return refuse
+
+
+# Set from here, so that type checkers refuse them too.
+for _name, _sign in {
+    "__mul__": "*",
+    "__rmul__": "*",
+    "__truediv__": "/",
+    "__sub__": "-",
+    "__rsub__": "-",
+    "__neg__": "-",
+}.items():
+    setattr(Bias, _name, _refused(_sign))
 
 
 class Sum(Bias):
-    """A sum of terms; `Sum(())` is no bias at all."""
+    """A sum of terms, as `a + b` makes it; `Sum(())` is no bias at all.
+
+    Args:
+        terms: Bias values; arrays that are added to one become `DenseBias` values
+            [#B, #N, #T, #S].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_attn import ALiBi, alibi_slopes
+        >>> ALiBi(alibi_slopes(8)) + jnp.zeros((1, 8, 97, 97))
+        Sum(ALiBi(slopes=f32[8]) + DenseBias(bias=f32[1,8,97,97]))
+    """
 
     terms: tuple[Bias, ...] = ()
+
+    def __repr__(self) -> str:
+        if not isinstance(self.terms, tuple):
+            return with_fields(self)
+        return f"Sum({' + '.join(map(repr, self.terms))})"
 
     def expand(self) -> tuple[Bias, ...]:
         """All terms, each expanded."""
@@ -203,14 +257,20 @@ class Place:
 
     offset: of the queries, where positions are implicit; None where they are explicit.
     key_lengths: keys beyond do not exist.
+    query_segments, key_segments: queries attend to keys of their own segment only.
     causal: no query attends to a later key.
+    alone: nothing else is added to the scores and there is no mask: a query that sees
+        any key sees the nearest that its segment, window and lengths leave.
     """
 
     query_positions: Int[Array, "*#B #N T"]
     key_positions: Int[Array, "*#B #N S"]
     offset: int | Int[Array, "*#B"] | None = None
     key_lengths: Int[Array, "*#B"] | None = None
+    query_segments: Int[Array, "*#B T"] | None = None
+    key_segments: Int[Array, "*#B S"] | None = None
     causal: bool = False
+    alone: bool = False
     dtype: Any = jnp.float32
 
 
@@ -244,7 +304,7 @@ class Region:
     @property
     def distance(self) -> Float[Array, "#B #N T S"]:
         """Query position minus key position."""
-        return (self.query_position - self.key_position).astype(self.dtype)
+        return difference(self.query_position, self.key_position, self.dtype)
 
     @property
     def away(self) -> tuple[Float[Array, "#B #N T S"], ...]:
@@ -318,6 +378,13 @@ def at_least_float32(*arrays: Any) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
+def _term(x: Any) -> bool:
+    """Whether `+` takes it: not a list, a function or a module, which adds itself."""
+    if isinstance(x, list | tuple | str):
+        return False
+    return not callable(x) or getattr(x, "shape", None) is not None
+
+
 def _terms(x: Any) -> tuple[Bias, ...]:
     x = as_bias(x)
     return x.terms if isinstance(x, Sum) else (x,)
@@ -326,6 +393,11 @@ def _terms(x: Any) -> tuple[Bias, ...]:
 def _with_heads(positions: Any) -> Int[Array, "#B #N L"]:
     """[L], [B, L] or [B, #N, L] as [#B, #N, L]."""
     positions = jnp.asarray(positions)
+    if not 1 <= positions.ndim <= 3:
+        raise ValueError(
+            "`materialise` takes positions [L], [B, L] or [B, #N, L]; got shape "
+            f"{positions.shape}. Write `jnp.arange(length)`."
+        )
     if positions.ndim == 1:
         return positions[None, None, :]
     return positions[:, None, :] if positions.ndim == 2 else positions

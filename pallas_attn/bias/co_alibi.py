@@ -62,6 +62,7 @@ def co_alibi_slopes(num_heads: int, bias_max: float = 8.0) -> Float[Array, " N"]
 
     Raises:
         ValueError: if num_heads < 1.
+        TypeError: if it is no int.
 
     >>> [float(x) for x in co_alibi_slopes(6)]
     [0.5, 0.125, 0.03125, 0.0078125, 1.0, 0.25]

@@ -5,29 +5,34 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Bias, key_home, Place, query_home
+from pallas_attn.bias.running_sums import running_sums, Sums
 
 
 class ForgetGate(Bias):
     """b_ij = the sum of log_gate over the positions after j up to i; 0 where j >= i.
 
-    With F(p) the sum over all keys at positions up to p,
+    With F(p) the sum over all keys of the query's segment at positions up to p,
 
         b_ij = F(position of query i) - F(position of key j)    where j < i
 
-    so that a key fades by the gates of the positions after it. F is kept in two float32
-    numbers: the error of b does not grow with the length. Keys past
-    `key_value_seq_lengths` have no gate, and a gate that is not finite spoils every
-    later query.
+    so that a key fades by the gates of the positions after it. It is meant for causal
+    attention: what comes after a query does not fade. F is kept in several float32
+    numbers, so that the error of b does not grow with the length and a gate that resets
+    everything (-1e4, -1e9, -inf) costs what comes after it no digits. At -1e30 or below
+    all that came before has weight 0.
+
+    Keys past `key_value_seq_lengths` have no gate, and a gate that is NaN spoils every
+    later query of its segment.
 
     Args:
-        log_gate: [#B, S, #N], the logarithm of each key's gate, <= 0 (where traced
-            numbers are above 0 they act as 0); float32 whatever dtype the query has.
+        log_gate: [#B, S, #N], the logarithm of each key's gate, <= 0, -inf included
+            (where traced numbers are above 0 they act as 0); float32 whatever dtype the
+            query has.
 
     Example:
         >>> import jax, pallas_attn
@@ -43,7 +48,13 @@ class ForgetGate(Bias):
     log_gate: Float[Array, "*#B S #N"] = key_home()
 
     def at(self, place: Place) -> Bias:
-        """Sums up to every query and every key."""
+        """Sums up to every query and every key.
+
+        Resets have numbers of their own where a row may see nothing but what they took
+        away, or where another term may be as large. Else each row sees a key that no
+        reset has touched, of value 0 (the last that is visible at or before it, or any
+        after it), beside which all the others have weight 0 whatever the reset was.
+        """
         log_gate = jnp.swapaxes(self.log_gate, -1, -2).astype(place.dtype)
         log_gate = jnp.where(log_gate > 0, 0, log_gate)
         if place.key_lengths is not None:
@@ -53,7 +64,9 @@ class ForgetGate(Bias):
         fields = (
             jnp.swapaxes(x, -1, -2) for x in (*of_queries, *(-part for part in of_keys))
         )
-        return CausalGates(*fields) if place.causal else Gates(*fields)
+        if place.alone:
+            return CausalGates(*fields) if place.causal else Gates(*fields)
+        return CausalResets(*fields) if place.causal else Resets(*fields)
 
 
 class CausalGates(Bias):
@@ -77,11 +90,11 @@ class CausalGates(Bias):
 
     def tile(self, t: Any) -> Any:
         """Large numbers first: their difference is exact where it is small."""
-        return self.query + self.key, self.query_rest, self.key_rest
+        return _of_sums(self), self.query_rest, self.key_rest
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """At the first query and the last key, and no larger than 0."""
-        return _below(_most(self))
+        return _below(_most(self, _of_sums))
 
 
 class Gates(Bias):
@@ -96,14 +109,94 @@ class Gates(Bias):
     steep = False
 
     def tile(self, t: Any) -> Any:
-        """Not a minimum with 0, which shares its gradient where both are 0."""
-        faded = (self.query + self.key) + (self.query_rest + self.key_rest)
-        return jnp.where(t.distance > 0, faded, 0.0)
+        """The difference, for keys before the query."""
+        return _before(t, _of_sums(self) + (self.query_rest + self.key_rest))
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """At the first query and the last key; 0 where a key is not before a query."""
-        most = _most(self)
-        return _below(jnp.where(k1 < q0, most, jnp.maximum(most, 0.0)))
+        return _below_or_later(_most(self, _of_sums), q0, k1)
+
+
+class CausalResets(Bias):
+    """`CausalGates` whose resets are numbers of their own.
+
+    Args:
+        query: [#B, T, #N], F of every query but for the resets; has the gradient.
+        query_rest: What it lacks.
+        query_resets: The sum of its resets.
+        key: [#B, S, #N], -F of every key but for the resets; has the gradient.
+        key_rest: What it lacks.
+        key_resets: Minus the sum of its resets.
+    """
+
+    query: Array = query_home()
+    query_rest: Array = query_home()
+    query_resets: Array = query_home()
+    key: Array = key_home()
+    key_rest: Array = key_home()
+    key_resets: Array = key_home()
+
+    identity = (
+        "query",
+        "query_rest",
+        "query_resets",
+        "key",
+        "key_rest",
+        "key_resets",
+    )
+    running = True
+
+    def tile(self, t: Any) -> Any:
+        """Large numbers first: resets that a pair shares cancel without a trace."""
+        return _of_resets(self), self.query_rest, self.key_rest
+
+    def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """At the first query and the last key, and no larger than 0."""
+        return _below(_most(self, _of_resets))
+
+
+class Resets(Bias):
+    """`CausalResets`, and 0 where a key is not before the query."""
+
+    query: Array = query_home()
+    query_rest: Array = query_home()
+    query_resets: Array = query_home()
+    key: Array = key_home()
+    key_rest: Array = key_home()
+    key_resets: Array = key_home()
+
+    running = True
+
+    def tile(self, t: Any) -> Any:
+        """The difference, for keys before the query."""
+        return _before(t, _of_resets(self) + (self.query_rest + self.key_rest))
+
+    def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """At the first query and the last key; 0 where a key is not before a query."""
+        return _below_or_later(_most(self, _of_resets), q0, k1)
+
+
+def _of_sums(gates: Any) -> Any:
+    return gates.query + gates.key
+
+
+def _of_resets(gates: Any) -> Any:
+    return (gates.query_resets + gates.key_resets) + (gates.query + gates.key)
+
+
+def _before(t: Any, faded: Any) -> Any:
+    """Not a minimum with 0, which shares its gradient where both are 0."""
+    return jnp.where(t.distance > 0, faded, 0.0)
+
+
+def _most(gates: Any, large: Any) -> Any:
+    """What `tile` makes of the largest numbers, added in its order.
+
+    Rounding keeps the order of numbers: no value is above it.
+    """
+    most = {name: getattr(gates, name).most for name in gates.__dataclass_fields__}
+    gates = type(gates)(**most)
+    return large(gates) + (gates.query_rest + gates.key_rest)
 
 
 def _below(most: Any) -> Any:
@@ -114,32 +207,18 @@ def _below(most: Any) -> Any:
     return jnp.where(most < jnp.inf, jnp.minimum(most, 1e-3), jnp.inf)
 
 
-def _most(gates: Any) -> Any:
-    query = gates.query.most + gates.query_rest.most
-    return query + gates.key.most + gates.key_rest.most
+def _below_or_later(most: Any, q0: Any, k1: Any) -> Any:
+    return _below(jnp.where(k1 < q0, most, jnp.maximum(most, 0.0)))
 
 
-# Bits of a piece, at most: products of such pieces with 1 are exact on any hardware.
-MOST_BITS = 8
-# Bits of the largest log gate that are kept of all: 32768 gates lose 2^-32 of it.
-KEPT_BITS = 48
-# Of the largest log gate; from there on no unit of a piece is subnormal.
-LEAST_EXPONENT = -64
-# Keys whose sums are one product.
-RUN = 128
-
-# A sum as a number, and what it lacks: its rounding error.
-Pair = tuple[Array, Array]
-
-
-def _sums_at(log_gate: Float[Array, "*#B #N S"], place: Place) -> tuple[Pair, Pair]:
+def _sums_at(log_gate: Float[Array, "*#B #N S"], place: Place) -> tuple[Sums, Sums]:
     """F of queries [*#B, #N, T], and of keys [*#B, #N, S]."""
-    queries, keys = place.query_positions, place.key_positions
-    if place.offset is None:
-        return _by_position(log_gate, queries, keys)
-    high, low = _sums(log_gate)
-    at = functools.partial(_from, offset=place.offset, count=queries.shape[-1])
-    return (at(high), at(low)), (high, low)
+    if place.offset is None or place.query_segments is not None:
+        return _by_position(log_gate, place)
+    of_keys = running_sums(log_gate, alone=place.alone)
+    count = place.query_positions.shape[-1]
+    at = functools.partial(_from, offset=place.offset, count=count)
+    return tuple(at(x) for x in of_keys), of_keys
 
 
 def _from(
@@ -150,7 +229,7 @@ def _from(
     if isinstance(offset, int) and (offset, count) == (0, keys):
         return sums
     nothing = jnp.zeros_like(sums, shape=(*sums.shape[:-1], count))
-    everything = jnp.broadcast_to(sums[..., -1:], nothing.shape)
+    everything = jnp.broadcast_to(sums[..., -1:], nothing.shape) if keys else nothing
     padded = jnp.concatenate([nothing, sums, everything], -1)
     if isinstance(offset, int):
         first = min(max(offset, -count), keys) + count
@@ -161,30 +240,49 @@ def _from(
     return _taken(jnp.broadcast_to(padded, (*leading, padded.shape[-1])), index)
 
 
-def _by_position(
-    log_gate: Float[Array, "*#B #N S"],
-    queries: Int[Array, "*#B #N T"],
-    keys: Int[Array, "*#B #N S"],
-) -> tuple[Pair, Pair]:
-    """Sums in the order of positions: of one position, all its gates come first."""
-    arrays = (log_gate, keys, queries)
-    leading = jnp.broadcast_shapes(*(x.shape[:-1] for x in arrays))
-    log_gate, keys, queries = (
-        jnp.broadcast_to(x, (*leading, x.shape[-1])) for x in arrays
+def _by_position(log_gate: Float[Array, "*#B #N S"], place: Place) -> tuple[Sums, Sums]:
+    """Sums in the order of segments, and of positions in each.
+
+    Of one position, all gates come first: a stable sort of every key's gate, and of the
+    places of keys and of queries, which add nothing.
+    """
+    S, T = log_gate.shape[-1], place.query_positions.shape[-1]
+    by = [_three(place.key_positions, place.query_positions)]
+    if place.key_segments is not None and place.query_segments is not None:
+        ids = (place.key_segments[..., None, :], place.query_segments[..., None, :])
+        by.insert(0, _three(*ids))
+    leading = jnp.broadcast_shapes(*(x.shape[:-1] for x in by))
+    by = [jnp.broadcast_to(x, (*leading, x.shape[-1])) for x in by]
+    index = _counted(by[0].shape)
+    *by, order = lax.sort((*by, index), num_keys=len(by), is_stable=True)
+    _, back = lax.sort((order, index), num_keys=1)
+
+    leading = jnp.broadcast_shapes(leading, log_gate.shape[:-1])
+    order, back = (jnp.broadcast_to(x, (*leading, x.shape[-1])) for x in (order, back))
+    gates = jnp.broadcast_to(log_gate, (*leading, S))
+    gates = jnp.pad(gates, [(0, 0)] * len(leading) + [(0, S + T)])
+    starts = _starts(by[0]) if len(by) == 2 else None
+    sums = running_sums(_taken(gates, order), starts, alone=place.alone)
+    at = [_taken(x, back) for x in sums]
+    of_keys = tuple(x[..., S : 2 * S] for x in at)
+    return tuple(x[..., 2 * S :] for x in at), of_keys
+
+
+def _three(
+    keys: Int[Array, "*#B #N S"], queries: Int[Array, "*#B #N T"]
+) -> Int[Array, "*#B #N S+S+T"]:
+    """What orders the gates of keys, the places of keys and those of queries."""
+    leading = jnp.broadcast_shapes(keys.shape[:-1], queries.shape[:-1])
+    keys, queries = (
+        jnp.broadcast_to(x, (*leading, x.shape[-1])) for x in (keys, queries)
     )
-    order = jnp.argsort(jnp.concatenate([keys, keys, queries], -1), axis=-1)
-    rest = (*leading, order.shape[-1] - keys.shape[-1])
-    gates = jnp.concatenate([log_gate, jnp.zeros(rest, log_gate.dtype)], -1)
-    back = jnp.argsort(order, axis=-1)
-    _, *at = zip(
-        *(
-            jnp.split(_taken(x, back), [keys.shape[-1], 2 * keys.shape[-1]], -1)
-            for x in _sums(_taken(gates, order))
-        ),
-        strict=True,
-    )
-    at_keys, at_queries = at
-    return at_queries, at_keys
+    return jnp.concatenate([keys, keys, queries], -1)
+
+
+def _starts(ids: Int[Array, "*axes n"]) -> Bool[Array, "*axes n"]:
+    """Where another id begins."""
+    first = jnp.ones_like(ids[..., :1], bool)
+    return jnp.concatenate([first, ids[..., 1:] != ids[..., :-1]], -1)
 
 
 def _counted(shape: tuple[int, ...]) -> Int[Array, "*axes"]:
@@ -195,68 +293,3 @@ def _counted(shape: tuple[int, ...]) -> Int[Array, "*axes"]:
 def _taken(x: Array, index: Array) -> Array:
     """Entries along the last axis; no two alike, so that a gradient adds nothing up."""
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
-
-
-def _sums(x: Float[Array, "*axes S"]) -> Pair:
-    """Running sums along the last axis; what they lack is constant."""
-    high, low = _running(x)
-    return high, lax.stop_gradient(low)
-
-
-@jax.custom_jvp
-def _running(x: Float[Array, "*axes S"]) -> Pair:
-    """Running sums in two numbers, without error but for what 48 bits do not hold.
-
-    x is cut into pieces of a few bits, multiples of one power of two each, whose sums
-    of any length fit the mantissa: no order of adding them up rounds.
-    """
-    room = jnp.finfo(x.dtype).nmant + 1 - max(x.shape[-1], 2).bit_length()
-    bits = min(room, MOST_BITS)
-    odd = ~jnp.isfinite(x)  # and so are all sums from there on, but none before
-    rest = jnp.where(odd, 0, x)
-    top = jnp.abs(rest).max(-1, keepdims=True, initial=0)
-    exponent = jnp.maximum(jnp.frexp(top)[1], LEAST_EXPONENT)
-    pieces = [odd.astype(x.dtype)]
-    for n in range(-(-KEPT_BITS // bits)):
-        unit = jnp.ldexp(jnp.ones_like(top), exponent - (n + 1) * bits)
-        piece = jnp.round(rest / unit) * unit
-        pieces.append(piece)
-        rest = rest - piece
-    count, high, *others = jnp.unstack(_prefix(jnp.stack(pieces)))
-    high = jnp.where(count > 0, jnp.nan, high)
-    low = jnp.zeros_like(high)
-    for piece in others:
-        high, lost = _added(high, piece)
-        low = low + lost
-    return _added(high, low)
-
-
-@_running.defjvp
-def _running_jvp(primals: Any, tangents: Any) -> tuple[Pair, Pair]:
-    sums = _prefix(tangents[0])
-    return _running(*primals), (sums, jnp.zeros_like(sums))
-
-
-def _added(a: Array, b: Array) -> Pair:
-    """The sum and what rounding took from it (Knuth)."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
-
-
-def _prefix(x: Float[Array, "*axes S"]) -> Float[Array, "*axes S"]:
-    """Running sums by two products with a triangle of ones, in few launches."""
-    size = x.shape[-1]
-    pad = -size % RUN
-    runs = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-    runs = runs.reshape(*x.shape[:-1], -1, RUN)
-    within = _times_triangle(runs, 0)
-    before = _times_triangle(within[..., -1], 1)
-    return (within + before[..., None]).reshape(*x.shape[:-1], -1)[..., :size]
-
-
-def _times_triangle(x: Float[Array, "*axes n"], skipped: int) -> Array:
-    """The sums of entries up to each; up to `skipped` before it."""
-    n = x.shape[-1]
-    ones = jnp.triu(jnp.ones((n, n), x.dtype), skipped)
-    return jnp.matmul(x, ones, precision=lax.Precision.HIGHEST)

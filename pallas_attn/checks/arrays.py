@@ -74,12 +74,11 @@ def mask(x: Any, sizes: Sizes) -> Bool[Array, ...] | None:
         return None
     found = array("mask", x)
     if found.dtype != bool:
-        added = "If it is to be added to the scores, pass it as a bias: `bias=mask`."
-        other = "If nonzero means True, write `mask != 0`."
+        added = " If it is to be added to the scores, pass it as a bias: `bias=mask`."
         raise TypeError(
             "`mask` must be bool, True where a query may attend; got "
-            f"{found.dtype.name}. "
-            + (added if jnp.issubdtype(found.dtype, jnp.floating) else other)
+            f"{found.dtype.name}. If it is 0 where a query may not, write `mask != 0`."
+            + (added if jnp.issubdtype(found.dtype, jnp.floating) else "")
         )
     rule = axes("#B #N #T #S", sizes)
     shape_from_the_right("mask", found, rule, "Give a shared axis the size 1.")
@@ -91,7 +90,8 @@ def scale(x: Any) -> float | Float[Array, ""] | None:
     if x is None:
         return None
     static = isinstance(x, int | float | np.generic | np.ndarray)
-    found = np.asarray(x) if static else array("scale", x)
+    rule, advice = "a number or a scalar array", "Leave it out for 1/sqrt(H)."
+    found = np.asarray(x) if static else array("scale", x, rule, advice)
     if found.ndim:
         raise ValueError(
             f"`scale` must be a number or an array of shape (); got {found.shape}. "
@@ -99,8 +99,7 @@ def scale(x: Any) -> float | Float[Array, ""] | None:
         )
     if not any(jnp.issubdtype(found.dtype, x) for x in (jnp.floating, jnp.integer)):
         raise TypeError(
-            f"`scale` must be a real number; got {found.dtype.name}. Leave it out for "
-            "1/sqrt(H)."
+            f"`scale` must be a real number; got {found.dtype.name}. {advice}"
         )
     value = known(found)
     if value is not None and not math.isfinite(value):
@@ -110,15 +109,17 @@ def scale(x: Any) -> float | Float[Array, ""] | None:
 
 def alpha(x: Any, sizes: Sizes) -> float | Float[Array, " N"]:
     """Entmax's alpha: a number, or one per head, within 1..2."""
+    rule = "a number or a floating array [N]"
+    advice = "1 is softmax, 2 sparsemax."
     if isinstance(x, bool | np.bool_):
-        raise TypeError(
-            f"`normalizer.alpha` must be a number or a floating array [N]; got {x}. 1 "
-            "is softmax, 2 sparsemax."
-        )
+        raise TypeError(f"`normalizer.alpha` must be {rule}; got {x}. {advice}")
     if isinstance(x, int | float | np.integer | np.floating):
         _within(np.asarray(x, np.float64))
         return float(x)
-    found = array("normalizer.alpha", x)
+    found = array("normalizer.alpha", x, rule, advice)
+    if found.ndim == 0 and jnp.issubdtype(found.dtype, jnp.integer):
+        # A Python int is a leaf of a normalizer, of which a transformation makes this.
+        found = jnp.full((sizes.N,), found, jnp.float32)
     floating("normalizer.alpha", found, "Cast it: `.astype(jnp.float32)`.")
     advice = "Give one alpha per head, or a Python float for all."
     shape("normalizer.alpha", found, axes("N", sizes), advice)

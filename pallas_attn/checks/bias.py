@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
+from pallas_attn.bias.alibi import ALiBi
 from pallas_attn.bias.base import Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.checks.rules import (
     array,
@@ -22,7 +25,8 @@ from pallas_attn.checks.rules import (
     shape_from_the_right,
     wrong_shape,
 )
-from pallas_attn.shapes import axes, fits, Sizes, spelled
+from pallas_attn.checks.tile import elementwise
+from pallas_attn.shapes import axes, fits, fits_from_the_right, Sizes, spelled
 
 
 # By home: the axes of a field, and what to do about a wrong one. Behind those of a
@@ -43,16 +47,35 @@ def given(x: Any, sizes: Sizes) -> Bias:
         return Sum(())
     if isinstance(x, Bias):
         return _with_arrays("bias", x, sizes)
-    if isinstance(x, type) and issubclass(x, Bias):
+    if isinstance(x, type):
         raise TypeError(
             f"`bias` must be a value, not a class; got {kind(x)}. Write "
             f"`{x.__name__}(...)`."
         )
-    found = array("bias", x)
-    letters, advice = HOME_RULES["pair"]
-    shape_from_the_right("bias", found, axes(letters, sizes), advice)
-    addable("bias", found)
+    found = array("bias", x, "an array or a bias value", _instead(x))
+    _shaped("bias", found, "pair", sizes)
+    addable("bias", found, hides=True)
     return DenseBias(found)
+
+
+def _instead(x: Any) -> str:
+    """What to give for a thing that is no bias."""
+    if isinstance(x, list | tuple):
+        return "Add biases up, `a + b`; of numbers jnp.asarray makes an array."
+    if any(c.__module__.startswith("flax.linen") for c in type(x).__mro__):
+        return (
+            "That is a module: modules are the bias of "
+            "pallas_attn.linen.MultiHeadAttention. Give a value, such as "
+            "`pallas_attn.ALiBi(slopes)`."
+        )
+    if hasattr(x, "get_value"):  # of flax.nnx
+        return "Pass the value it holds: `x.get_value()`."
+    if callable(x):
+        return (
+            "A formula of positions is the `tile` of a class of your own: see "
+            "pallas_attn.Bias."
+        )
+    return "Use jnp.asarray, or see pallas_attn.Bias."
 
 
 def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
@@ -61,30 +84,58 @@ def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
         return Sum(
             tuple(_with_arrays(f"{name}.terms[{i}]", t, sizes) for i, t in named)
         )
+    ranked = isinstance(term, FactoredBias)
     fields = {
-        field: _field(f"{name}.{field}", getattr(term, field), home, sizes)
+        field: _field(f"{name}.{field}", getattr(term, field), home, sizes, ranked)
         for field, home in homes(term).items()
     }
     if isinstance(term, ForgetGate):
         _fading(f"{name}.log_gate", term.log_gate)
+    if isinstance(term, ALiBi):
+        _sloping(f"{name}.slopes", term.slopes)
     return dataclasses.replace(term, **fields) if fields else term
 
 
-def _field(name: str, x: Any, home: str, sizes: Sizes) -> Array:
+def _field(name: str, x: Any, home: str, sizes: Sizes, ranked: bool = False) -> Array:
+    """ranked: behind the axes of a query or key field stands that of a product."""
     found = array(name, x)
+    if home in ALIGNED:
+        if home == "head" and not found.ndim:
+            letters, advice = HOME_RULES[home]
+            shape(name, found, axes(letters, sizes), advice)
+        _shaped(name, found, home, sizes)
+        return found
     letters, advice = HOME_RULES[home]
     rule = axes(letters, sizes)
-    if home in ALIGNED:
-        least_axes = 1 if home == "head" else 0
-        if found.ndim < least_axes:
-            shape(name, found, rule, advice)
-        shape_from_the_right(name, found, rule, advice)
-    elif not fits(found.shape[: len(rule)], rule):
+    if not fits(found.shape[: len(rule)], rule):
         own = found.shape[len(rule) :]
-        if own:
-            rule += axes("R" if len(own) == 1 else "...", sizes)
+        if own or ranked:
+            rule += axes("R" if len(own) <= 1 else "...", sizes)
+        advice += _if_heads_came_first(sizes, lambda s: fits(
+            found.shape[: len(rule)], axes(letters, s)
+        ))  # fmt: skip
         wrong_shape(name, found, spelled(rule), advice)
     return found
+
+
+def _shaped(name: str, x: Array, home: str, sizes: Sizes) -> None:
+    """A field whose axes are aligned to the right."""
+    letters, advice = HOME_RULES[home]
+    fit = lambda sizes: fits_from_the_right(x.shape, axes(letters, sizes))
+    if not fit(sizes):
+        advice += _if_heads_came_first(sizes, fit)
+        shape_from_the_right(name, x, axes(letters, sizes), advice)
+
+
+def _if_heads_came_first(sizes: Sizes, fit: Callable[[Sizes], bool]) -> str:
+    """What to say of a bias that would fit queries and keys [*B, heads, length, H]."""
+    turned = dataclasses.replace(sizes, T=sizes.N, N=sizes.T, S=sizes.K, K=sizes.S)
+    if not fit(turned):
+        return ""
+    return (
+        f" It would fit N = {sizes.T} heads of T = {sizes.N} queries: does query come "
+        "as [*B, heads, length, H]? Swap its axes, and those of key and value."
+    )
 
 
 def terms(
@@ -124,11 +175,21 @@ def _fading(name: str, log_gate: Any) -> None:
     values = known(log_gate)
     if values is None:
         return
-    wrong = values[(values > 0) | (values == -np.inf)]
+    wrong = values[values > 0]
     if wrong.size:
         raise ValueError(
-            f"`{name}` must be <= 0 and finite, the logarithm of a gate; got "
+            f"`{name}` must be <= 0, the logarithm of a gate; got "
             f"{wrong[0]}. Write `jax.nn.log_sigmoid(x)`."
+        )
+
+
+def _sloping(name: str, slopes: Any) -> None:
+    """As it was given, like a gate."""
+    values = known(slopes) if isinstance(slopes, np.ndarray | jax.Array) else None
+    if values is not None and np.isinf(np.asarray(values, np.float64)).any():
+        raise ValueError(
+            f"`{name}` must be finite; got inf, and inf times a distance of 0 is NaN. "
+            "Use `local_window_size=0` to see one position alone."
         )
 
 
@@ -159,11 +220,14 @@ def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
     fields = {f: _field(f"{name}.{f}", getattr(x, f), home, sizes)
               for f, home in home_of.items()}  # fmt: skip
     for field, home in home_of.items():
-        addable(f"{name}.{field}", fields[field])
+        addable(f"{name}.{field}", fields[field], hides=home == "pair")
         rule = axes(HOME_RULES[home][0], sizes)
         if home not in ALIGNED:
             advice = "`tile` takes one number each."
             shape(f"{name}.{field}", fields[field], rule, advice)
+    if has_tile(x):
+        wide = any(field.dtype == np.float64 for field in fields.values())
+        elementwise(name, x, np.float64 if wide else np.float32)
     return fields
 
 
@@ -186,9 +250,17 @@ def product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:
     return a, b
 
 
-def addable(name: str, x: Array) -> None:
-    """An array of a dtype that can be added to scores."""
-    advice = "Use `mask` (bool, True = may attend) to hide keys, or cast it."
+def addable(name: str, x: Array, hides: bool = False) -> None:
+    """An array of a dtype that can be added to scores.
+
+    hides: a mask may have been meant.
+    """
+    advice = "Cast it: `.astype(jnp.float32)`."
+    if hides:
+        advice = (
+            "If it is 0 where a query may not attend, write `mask=bias != 0`; if it is "
+            "to be added, cast it: `.astype(jnp.float32)`."
+        )
     floating(name, x, advice)
 
 

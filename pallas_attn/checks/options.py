@@ -13,10 +13,8 @@ from pallas_attn.config import Block, Config
 from pallas_attn.implementations import Choice, NAMES
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.positions import UNBOUNDED
 
-
-# A window without end: as far as positions reach, and their sum is int32.
-UNBOUNDED = 2**30 - 2**26
 
 # The least soft cap; one over it is the largest.
 LEAST_CAP = 1e-20
@@ -66,7 +64,7 @@ def normalizer(x: Any) -> Softmax | Entmax:
     if not isinstance(x, Softmax | Entmax):
         raise TypeError(
             f"`normalizer` must be Softmax() or Entmax(alpha, top_k); got {kind(x)}. "
-            "Leave it out, or write `normalizer=Softmax()`."
+            "Leave it out for softmax, or write `normalizer=Entmax(1.5)`."
         )
     if isinstance(x, Entmax) and x.top_k is not None:
         rule = "an int, at least 1, or None"
@@ -206,7 +204,7 @@ def implementation(x: Any) -> str | tuple[str, ...] | None:
             f"{kind(x)}. None chooses by the device."
         )
     names = (x,) if isinstance(x, str) else tuple(x)
-    for name in names or ("",):
+    for name in names or (names,):
         if name not in NAMES:
             raise ValueError(
                 f"`implementation` must be one of {NAMES}, several of them, or None; "

@@ -16,7 +16,9 @@ from pallas_attn.shapes import Axis, fits, fits_from_the_right, spelled
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def array(name: str, x: Any) -> Array:
+def array(
+    name: str, x: Any, rule: str = "an array", advice: str = "Use jnp.asarray."
+) -> Array:
     """Anything that JAX takes as an array; not a list, not None."""
     if not isinstance(x, list | tuple | None):
         try:
@@ -24,7 +26,7 @@ def array(name: str, x: Any) -> Array:
             return found.astype(found.dtype)  # not weakly typed
         except (TypeError, ValueError):
             pass
-    raise TypeError(f"`{name}` must be an array; got {kind(x)}. Use jnp.asarray.")
+    raise TypeError(f"`{name}` must be {rule}; got {kind(x)}. {advice}")
 
 
 def shape(name: str, x: Array, rule: list[Axis], advice: str) -> None:
@@ -112,7 +114,7 @@ def kind(x: Any) -> str:
         return f"the class {x.__name__}"
     if x is None:
         return "None"
-    if isinstance(x, bool | int | float | str):
+    if isinstance(x, bool | int | float | str) or (isinstance(x, tuple) and not x):
         return f"{x!r}"
     name = type(x).__name__
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"

@@ -13,18 +13,20 @@ from matplotlib.figure import Figure
 from pallas_attn.demo.training import Settings, Trained
 
 
+# Endings of what a figure can be written as.
+PICTURES = tuple(f".{x}" for x in ("jpeg", "jpg", "pdf", "png", "svg", "webp"))
 COLOURS = ("#0b6e99", "#c8553d")
 GREY = "#8a8a8a"
 LABEL: Any = {"color": GREY, "fontsize": 8, "va": "bottom"}
 
 
 def draw(models: Mapping[str, Trained], settings: Settings, path: Path) -> None:
-    """Writes a PNG with both panels.
+    """Writes a picture with both panels.
 
     Args:
         models: By their name; as many as there are colours.
         settings: Those they were trained with.
-        path: Of the PNG; its folder is made.
+        path: Of the picture, which ends in one of PICTURES; its folder is made.
     """
     figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -18,9 +18,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pallas_attn.command import new_file, Parser, whole
 from pallas_attn.demo.check import biases, check, Checked, Sizes
 from pallas_attn.demo.model import CharacterModel
-from pallas_attn.demo.plot import draw
+from pallas_attn.demo.plot import draw, PICTURES
 from pallas_attn.demo.text import topics
 from pallas_attn.demo.training import Settings, train, Trained
 from pallas_attn.implementations import current_device, resolve
@@ -36,12 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if a bias was wrong or the loss did not fall below half of its start.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        device = jax.local_devices(backend=options.device)[0]
+    except RuntimeError:  # says which platforms jax knows
+        here = ", ".join(sorted({x.platform for x in jax.devices()}))
+        parser.error(
+            f"argument --device: jax finds no {options.device} here, but {here}; "
+            "`python -m pallas_attn doctor` says why"
+        )
     console = Console(highlight=False)
     settings = Settings(steps=options.steps, seed=options.seed)
     sizes = Sizes(T=options.check_length)
     start = time.perf_counter()
-    with jax.default_device(jax.local_devices(backend=options.device)[0]):
+    with jax.default_device(device):
         say_what_runs(console, sizes)
         right = check_biases(console, sizes, options.seed)
         models = train_models(console, settings)
@@ -131,8 +141,8 @@ def report(console: Console, models: Mapping[str, Trained], settings: Settings) 
     return alibi.halved
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m pallas_attn demo",
         description="Checks every bias, trains a small character model, and draws how "
         "it does on texts longer than it was trained on. No downloads; about two "
@@ -140,10 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--steps", type=int, default=Settings.steps, help="of training, each model"
+        "--steps", type=whole(1), default=Settings.steps, help="of training, each model"
     )
     parser.add_argument(
-        "--check-length", type=int, default=Sizes.T, help="queries and keys checked"
+        "--check-length",
+        type=whole(1),
+        default=Sizes.T,
+        help="queries and keys checked",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument(
@@ -151,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=new_file(PICTURES),
         default=Path("pallas_attn_demo.png"),
-        help="where the picture goes",
+        help="where the picture goes; its folder is made if it is missing",
     )
     return parser
 

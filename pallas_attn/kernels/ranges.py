@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.visible import Frame, least, most
+from pallas_attn.positions import moved
 
 
 i32 = jnp.int32
@@ -32,9 +33,10 @@ def keys_in_sight(
         last, whole_last = least(last, p1 + 1), least(whole_last, p0 + 1)
     if call.window:
         left, right = call.window
-        first, whole_first = most(first, p0 - left), most(whole_first, p1 - left)
-        last = least(last, p1 + right + 1)
-        whole_last = least(whole_last, p0 + right + 1)
+        first = most(first, moved(p0, -left))
+        whole_first = most(whole_first, moved(p1, -left))
+        last = least(last, moved(p1, right + 1))
+        whole_last = least(whole_last, moved(p0, right + 1))
     return (first, last), (whole_first, whole_last)
 
 
@@ -53,8 +55,10 @@ def queries_in_sight(
         first, whole_first = most(first, p0), most(whole_first, p1)
     if call.window:
         left, right = call.window
-        last, whole_last = least(last, p1 + left + 1), least(whole_last, p0 + left + 1)
-        first, whole_first = most(first, p0 - right), most(whole_first, p1 - right)
+        last = least(last, moved(p1, left + 1))
+        whole_last = least(whole_last, moved(p0, left + 1))
+        first = most(first, moved(p0, -right))
+        whole_first = most(whole_first, moved(p1, -right))
     return (first, last), (whole_first, whole_last)
 
 

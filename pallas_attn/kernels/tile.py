@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_attn.call import Call
 from pallas_attn.kernels.ranges import cut_evenly
 from pallas_attn.kernels.visible import Frame, Sight
+from pallas_attn.positions import difference, within
 
 
 f32 = jnp.float32
@@ -60,20 +61,30 @@ class Tile:
     def distance(self) -> jax.Array:
         """Query position minus key position, float32."""
         if self.sight.arrays.placed:
-            return (self.query_position - self.key_position).astype(f32)
+            return difference(self.query_position, self.key_position, f32)
         return (self._start + self.along_q(_iota(self.bq))) - self.along_k(
             _iota(self.bk)
         )
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; on a known side a number, one per query and one per key."""
-        if self.sight.arrays.placed or (isinstance(self.side, int) and not self.side):
+        """|distance|; on a known side a number, one per query and one per key.
+
+        Of one sign, so that none is larger than the distance: nothing cancels.
+        """
+        side = self.side
+        if self.sight.arrays.placed:  # -2^31 stands for 2^31 too
+            away = self.query_position - self.key_position
+            return (jnp.abs(away.astype(f32)),)
+        if isinstance(side, int) and not side:
             return (jnp.abs(self.distance),)
+        # from the nearest pair: the first query and the last key, or the reverse
+        queries = (1 - side) * 0.5 * (self.bq - 1)
+        keys = (1 + side) * 0.5 * (self.bk - 1)
         return (
-            self._start * self.side,
-            self.along_q(_iota(self.bq) * self.side),
-            self.along_k(_iota(self.bk) * -self.side),
+            self._start * side - (queries + keys),
+            self.along_q(_iota(self.bq) * side + queries),
+            self.along_k(_iota(self.bk) * -side + keys),
         )
 
     # What a pass may use.
@@ -108,14 +119,16 @@ class Tile:
         if not cut_evenly(self.frame.keys, call.S, self.bk):
             k = self.k0 + jnp.arange(self.bk, dtype=i32)
             checks.append(self.along_k(k < self.frame.keys[1]))
-        if not cut_evenly(self.frame.queries, call.T, 1):
+        # Rows past the last query see nothing; it matters where keys are blanked.
+        step = self.bq if self.sight.veiled else 1
+        if not cut_evenly(self.frame.queries, call.T, step):
             checks.append(self.along_q(self.inside_rows()))
         if call.causal or call.window:
             q, k = self.query_position, self.key_position
             if call.causal:
                 checks.append(k <= q)
             if call.window:
-                checks += [q - k <= call.window[0], k - q <= call.window[1]]
+                checks += within(q, k, call.window)
         if arrays.query_segments is not None:
             q = self._vector(arrays.query_segments, (), self.q0, self.bq)
             k = self._vector(arrays.key_segments, (), self.k0, self.bk)

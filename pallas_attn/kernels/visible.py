@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from pallas_attn.call import Call, Visibility
+from pallas_attn.positions import moved
 
 
 # Queries or keys behind one stored extreme or norm.
@@ -81,14 +82,7 @@ def sight(call: Call, visibility: Visibility) -> Sight:
             extremes(visibility.query_positions),
             extremes(visibility.key_positions),
         )
-    mask = visibility.mask
-    if mask is not None and 2**31 <= mask.size < 2**32:
-        # Offsets are 32-bit until an array has 2^32 bytes, as it has with 2 an entry.
-        mask = mask.astype(jnp.int16)
-    arrays = Visibility(
-        **{**vars(visibility), "mask": mask},
-    )
-    return Sight(arrays, segments, positions)
+    return Sight(visibility, segments, positions)
 
 
 def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:
@@ -134,10 +128,10 @@ def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
         first_query = most(first_query, 0 - offset)
     if call.window:
         left, right = call.window
-        first_key = most(first_key, offset - left)
-        last_key = least(last_key, most(offset + queries + right, 0))
-        first_query = most(first_query, 0 - offset - right)
-        last_query = least(last_query, most(keys + left - offset, 0))
+        first_key = most(first_key, moved(offset, -left))
+        last_key = least(last_key, most(moved(offset + queries, right), 0))
+        first_query = most(first_query, moved(0 - offset, -right))
+        last_query = least(last_query, most(moved(keys - offset, left), 0))
     return Frame(offset, (first_query, last_query), (first_key, last_key))
 
 

@@ -34,6 +34,7 @@ from pallas_attn.kernels.ranges import (
 )
 from pallas_attn.kernels.tile import load_blocks, load_number
 from pallas_attn.kernels.visible import Extremes, Frame, GRAIN, least, most, Sight
+from pallas_attn.positions import moved, UNBOUNDED
 
 
 i32 = jnp.int32
@@ -72,7 +73,6 @@ class Walk:
     span: tuple[Any, Any]
     near: tuple[Any, Any]
     at: Callable[[Any], Any] | None
-    near_side: int
     sides: tuple[Side, ...]
 
     @property
@@ -82,14 +82,12 @@ class Walk:
         return far + self.near[1] - self.near[0]
 
     def near_loop(self, body: Callable[..., Any], state: Any) -> Any:
-        """Run body(block, side, state) over the near blocks."""
+        """Run body(block, side, state) over the near blocks, of no known side."""
         lo, end = self.near
         if isinstance(lo, int) and isinstance(end, int) and lo == end:
             return state
         at = self.at or (lambda t: t)
-        return lax.fori_loop(
-            i32(lo), i32(end), lambda t, s: body(at(t), self.near_side, s), state
-        )
+        return lax.fori_loop(i32(lo), i32(end), lambda t, s: body(at(t), 0, s), state)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,6 @@ def over_keys(
         (left_side, right_side),
         low_edge=call.window is not None,
         high_edge=call.window is not None or not divides(bk, frame.keys),
-        near_side=+1 if call.causal else 0,
     )
 
 
@@ -162,7 +159,6 @@ def over_queries(
         (left_side, right_side),
         low_edge=call.window is not None,
         high_edge=call.window is not None or not divides(bq, frame.queries),
-        near_side=+1 if call.causal else 0,
     )
 
 
@@ -175,7 +171,6 @@ def _split(
     side_of: tuple[int | None, int | None],
     low_edge: bool,
     high_edge: bool,
-    near_side: int,
 ) -> Walk:
     """Near and far blocks along an axis cut into blocks.
 
@@ -195,7 +190,7 @@ def _split(
         if not low_edge:
             none = isinstance(whole_last, int) and not high_edge
             near = (0, 0) if none else (whole_last, last)
-            return Walk((first, last), near, None, near_side, (far,))
+            return Walk((first, last), near, None, (far,))
         begin, end, sides, tail = whole_last, last, [far], last
     else:
         before, after = side_of
@@ -219,7 +214,7 @@ def _split(
         low_edge = low_edge and before is not None
         high_edge = high_edge and after is not None
         if not low_edge and not high_edge:
-            return Walk((first, last), (begin, end), None, near_side, tuple(sides))
+            return Walk((first, last), (begin, end), None, tuple(sides))
     low = whole_first - first if low_edge else 0
     high = last - tail if high_edge else 0
 
@@ -229,13 +224,13 @@ def _split(
         return jnp.where(t < end, t, edge)
 
     near = (begin, end + low + high)
-    return Walk((first, last), near, at, near_side, tuple(sides))
+    return Walk((first, last), near, at, tuple(sides))
 
 
 def _all_near(block: int, visited: tuple[Any, Any], hull: Any) -> Walk:
     """Every block is near: arrays alone tell which pairs are visible."""
     near = blocks(block, visited, hull)
-    return Walk(near, near, None, 0, ())
+    return Walk(near, near, None, ())
 
 
 def hull(
@@ -272,11 +267,11 @@ def _share(call: Call, q: Any, k: Any) -> jax.Array:
 
 
 def _ordered(call: Call, q: Any, k: Any) -> jax.Array:
-    left, right = call.window or (None, None)
+    left, right = call.window or (UNBOUNDED, UNBOUNDED)
     if call.causal:
         right = 0
-    ok = k[0] - q[1] <= right
-    return ok if left is None else ok & (q[0] - k[1] <= left)
+    ok = k[0] <= moved(q[1], right)
+    return ok if left == UNBOUNDED else ok & (k[1] >= moved(q[0], -left))
 
 
 def of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:

@@ -18,6 +18,7 @@ from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.canonical import canonical
 from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
+from pallas_attn.implementations import Implementation
 from pallas_attn.linen.mask import truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
@@ -38,7 +39,7 @@ def as_flax_attention_fn(
     key_segment_ids: Any = None,
     normalizer: Softmax | Entmax = Softmax(),
     logits_soft_cap: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Config | None = None,
 ) -> Callable[..., Array]:
     """An `attention_fn` for flax's layers that adds a bias, in these kernels.

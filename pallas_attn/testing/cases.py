@@ -144,6 +144,16 @@ def forget_gate(form: str = "BSN", shift: float = 1.0) -> Callable[[Array, Shape
     return sample
 
 
+def resetting(key: Array, s: Shape) -> Bias:
+    """Samples a forget gate that resets with every size, -inf included."""
+    kept, size, where = jax.random.split(key, 3)
+    shape = s.sizes("BSN")
+    sizes = jnp.array([-1e4, -65504, -1e9, -1e20, -3e38, -jnp.inf], jnp.float32)
+    resets = jax.random.choice(size, sizes, shape)
+    gates = jax.nn.log_sigmoid(normal(kept, *shape) + 2)
+    return ForgetGate(jnp.where(jax.random.bernoulli(where, 0.1, shape), resets, gates))
+
+
 def added(*samples: Callable[[Array, Shape], Any]) -> Callable[[Array, Shape], Bias]:
     """Samples the sum of several biases."""
 
@@ -209,6 +219,7 @@ BIASES: dict[str, Callable[[Array, Shape], Any]] = {
     "forget gate": forget_gate(),
     "forget gate-1S1": forget_gate("1S1"),
     "forget gate-BS1": forget_gate("BS1", 4.0),
+    "forget gate-resets": resetting,
     "forget gate-with alibi dense": added(forget_gate("1SN"), alibi(), dense("B11S")),
     "co_alibi": co_alibi(),
     "co_alibi-1N": co_alibi("1N"),
@@ -265,6 +276,19 @@ def _segments(key: Array, s: Shape) -> dict[str, Any]:
     kq, kk = jax.random.split(key)
     ids = lambda key, n: jnp.sort(jax.random.randint(key, (s.B, n), 0, 4, jnp.int32), 1)
     return {"query_segment_ids": ids(kq, s.T), "key_segment_ids": ids(kk, s.S)}
+
+
+def _packed(key: Array, s: Shape) -> dict[str, Any]:
+    """Documents side by side, each from position 0 on."""
+    ids = _segments(key, s)
+
+    def within(ids: Array) -> Array:
+        here = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+        new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+        return here - jax.lax.cummax(jnp.where(new, here, 0), axis=1)
+
+    sides = {name: within(ids[f"{name}_segment_ids"]) for name in ("query", "key")}
+    return ids | {f"{name}_positions": x for name, x in sides.items()}
 
 
 def _positions(form: str, gap: int = 1) -> Callable[[Array, Shape], dict[str, Any]]:
@@ -371,6 +395,7 @@ SITUATIONS: dict[str, Situation] = {
             _settings(is_causal=True, logits_soft_cap=1.5, scale=0.4),
         ),
     ),
+    "packed": Situation(sample=_together(_packed, _causal)),
 }
 
 

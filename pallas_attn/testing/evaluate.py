@@ -17,7 +17,7 @@ from pallas_attn.bias.base import as_bias, spread
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.canonical import Canonical, canonical
 from pallas_attn.config import Block, Config
-from pallas_attn.implementations import current_device, resolve
+from pallas_attn.implementations import current_device, Implementation, resolve
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.reference import (
@@ -62,13 +62,13 @@ def small(bias: str, normalizer: str = "softmax") -> Config:
     return SMALL_CONTEXTUAL if bias.startswith("co_alibi") else SMALL
 
 
-def kernel_implementation() -> str:
+def kernel_implementation() -> Implementation:
     """The kernels as this machine can run them: compiled on a GPU, else interpreted."""
     choice = resolve(None, current_device(), dtype="float32", H=16, h=16)
     return "triton" if choice.name == "triton" else "triton_interpret"
 
 
-def implementations() -> tuple[str, ...]:
+def implementations() -> tuple[Implementation, ...]:
     """What the laws hold for, beside the reference that they compare with."""
     return ("xla", kernel_implementation())
 

@@ -109,6 +109,23 @@ def assert_formula(got: Any, want: Any) -> None:
     assert not wrong, _table("too far from float64", wrong)
 
 
+def assert_rounded_once(got: Any, want: Any) -> None:
+    """Narrow leaves: every entry within half a unit of float64, and `FORMULA` of all.
+
+    So that a sum was taken in float32: of n entries that are each rounded first, it is
+    off by about sqrt(n) half units of one of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    wrong = {}
+    for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True):
+        x, y, eps = _float64(x), _float64(y), float(jnp.finfo(x.dtype).eps)
+        half = eps / 2 * np.abs(y) + FORMULA * np.abs(y).max()
+        if not (worst := float((np.abs(x - y) / half).max())) <= 1 + eps:
+            name = jax.tree_util.keystr(path) or "the result"
+            wrong[name] = f"{worst:.2f} times half a unit"
+    assert not wrong, _table("not rounded once", wrong)
+
+
 def assert_sum(got: Any, want: Any) -> None:
     """Every entry of a short sum within `SUM` of its own size."""
     np.testing.assert_allclose(got, want, rtol=SUM)

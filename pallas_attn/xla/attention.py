@@ -210,9 +210,9 @@ def _attend(
     q = jnp.where(unknown, 0, q).reshape(call.B, call.K, -1, call.H)
     pairs = (call.B, call.N, call.T, call.S)
     scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
-    # a row's NaN meets its scores here: a product would spread it over gradients of
-    # keys even where a bias hides all of the row
-    scores = capped(scores + poison, call)
+    # a row's NaN meets its scores here, behind the cap's derivative: a product would
+    # spread it over gradients of keys even where a bias hides all of the row
+    scores = capped(scores, call) + poison
 
     queries, keys = visibility.query_positions, visibility.key_positions
     assert queries is not None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call, Visibility
-from pallas_attn.normalizers.entmax import newton, Power
+from pallas_attn.normalizers.entmax import newton, Power, takes_power
 from pallas_attn.reference.entmax import (
     exponents,
     largest,
@@ -30,9 +30,6 @@ from pallas_attn.reference.entmax import (
 )
 from pallas_attn.xla.attention import in_chunks, Logits, sums, Weights
 
-
-# Below this alpha - 1 the power 1 / (alpha - 1) takes too many digits of its base.
-LEAST_POWER = 0.1
 
 # Newton's method goes on while a row's sum is above 1 by more than rounding and falls.
 # Rows take 2 to 10 steps.
@@ -120,9 +117,7 @@ def _by_newton(
     close = 1 + ROUNDINGS * float(jnp.finfo(t.dtype).eps)
 
     def power_of(a: Array) -> Power | Smooth:
-        if static is not None and static - 1 >= LEAST_POWER:
-            return Power(static - 1)
-        return Smooth(a)
+        return Power(static - 1) if takes_power(static) else Smooth(a)
 
     def weights(t: Array, a: Array, level: Array) -> tuple[Array, Array]:
         """(p, u), 0 off the support in each derivative too."""

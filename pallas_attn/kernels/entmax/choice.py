@@ -24,7 +24,7 @@ from pallas_attn.kernels.entmax.operands import Dense, Residuals
 from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.plan import Plan, plan
 from pallas_attn.kernels.visible import sight
-from pallas_attn.normalizers.entmax import Learned, Power
+from pallas_attn.normalizers.entmax import Learned, Power, takes_power
 from pallas_attn.placement.names import named
 
 
@@ -145,7 +145,7 @@ def backward(
 
 def _threshold_of(alpha: Any, m: Array, level: Array, call: Call) -> Array:
     a = _a(alpha, call)
-    power = Learned(a) if call.alpha is None or a == 0 else Power(a)
+    power = Power(a) if takes_power(call.alpha) else Learned(a)
     tau = power.threshold(m * call.scale, level)
     is_lse = jnp.asarray(a == 0)
     return jnp.where(m == jnp.inf, jnp.where(is_lse, -jnp.inf, jnp.inf), tau)

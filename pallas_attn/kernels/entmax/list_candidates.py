@@ -65,7 +65,7 @@ def list_candidates_kernel(
     level, _ = slot_level(slots, power, call.scale)
     bound = bound_of(slots, level, power, call)
     within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
-    scores = whole(slots.sweep)
+    scores = slots.sweep.whole
     words, keys = collect(t0, scores, lambda x, _: ~(x < bound[:, None]), out, within)
     t0.put_stat(out["m"], slots.m)
     t0.put_stat(out["level"], level)
@@ -135,16 +135,6 @@ def blocks_above(
     return first, uniform(call, jnp.max(jnp.where(may, j + 1, 0)))
 
 
-def whole(sweep: Sweep) -> Scores:
-    """The scores of a tile in units of q.k, -inf where hidden."""
-
-    def total(t: Tile) -> jax.Array:
-        x, row, _ = sweep.scores(t)
-        return x + row[:, None] if sweep.ops.added.terms else x
-
-    return total
-
-
 def collect(
     t0: Tile,
     scores: Scores,
@@ -164,7 +154,6 @@ def collect(
     per = bk // size
     bit = i32(1) << (jnp.arange(bk, dtype=i32) % size)
     place = jnp.arange(per, dtype=i32)[None, :]
-    exists = (t0.q0 + jnp.arange(bq, dtype=i32) < t0.call.T)[:, None]
 
     def append(t: Tile, state: Any) -> Any:
         count, keys = state
@@ -172,9 +161,9 @@ def collect(
         words = jnp.sum(bits.reshape(bq, per, size), 2, dtype=i32)
         some = jnp.max((words != 0).astype(i32), 1)
         to = count[:, None] + place
-        ok = exists & (some[:, None] > 0) & (to < out["words"].shape[-1])
+        ok = some[:, None] > 0
         scatter_listed(t0, out["words"], to, words, ok)
-        number = jnp.broadcast_to(t.k0 // i32(size) + place, ok.shape)
+        number = jnp.broadcast_to(t.k0 // i32(size) + place, to.shape)
         scatter_listed(t0, out["numbers"], to, number, ok)
         more = jnp.sum(lax.population_count(words), 1, dtype=i32)
         return count + some * per, keys + more
@@ -234,7 +223,7 @@ def list_overflow_kernel(
     most = out["words"].shape[-1]
 
     def redo() -> jax.Array:
-        scores, runs = whole(sweep_of(t0, ops, plan)), key_runs(t0)
+        scores, runs = sweep_of(t0, ops, plan).whole, key_runs(t0)
         bound, m = t0.stat(stats["bound"]), t0.stat(stats["m"], jnp.inf)
         every = jnp.full(keys.shape, call.S, i32)
 

@@ -1,6 +1,8 @@
 """Lists of (query, key) pairs: gathers, scatters, and what a bias' term sees of them.
 
 Index arrays stand on every axis of a reference: the interpreter takes no others then.
+Here numbers that were read from memory become addresses: `gather`, `gather_vectors` and
+`scatter_listed` see to it that none of them leaves its array, whatever it is.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.owner import frame_of
 from pallas_attn.kernels.tile import load_number, load_where, store_where, Tile
 from pallas_attn.kernels.visible import Frame, Sight
+from pallas_attn.positions import difference
 
 
 f32 = jnp.float32
@@ -30,9 +33,17 @@ def width_of(ref: Any) -> int:
 
 
 def gather(ref: Any, index: tuple[Any, ...], ok: jax.Array) -> jax.Array:
-    """Entries of an array, 0 where not ok; an index for every axis."""
-    index = tuple(jnp.broadcast_to(x, ok.shape) for x in index)
+    """Entries of an array, 0 where not ok; an index for every axis, into its range."""
+    index = tuple(
+        jnp.broadcast_to(clamped(x, n), ok.shape)
+        for x, n in zip(index, ref.shape, strict=True)
+    )
     return load_where(ref.at[index], ok)
+
+
+def clamped(i: Any, size: int) -> jax.Array:
+    """An index that lies in an axis of this size."""
+    return jnp.clip(jnp.asarray(i), i32(0), i32(size - 1))
 
 
 def gather_vectors(
@@ -44,7 +55,9 @@ def gather_vectors(
     ok = jnp.broadcast_to(ok[..., None], (*i.shape, width))
     if width != ref.shape[-1]:
         ok = ok & (lane < ref.shape[-1])
-    return gather(ref, (b, i[..., None], head, lane), ok)
+    # Lanes stay a plain range, by which Triton loads several at once.
+    index = (b, clamped(i, ref.shape[1])[..., None], head, lane)
+    return load_where(ref.at[tuple(jnp.broadcast_to(x, ok.shape) for x in index)], ok)
 
 
 def scatter(
@@ -88,9 +101,13 @@ def put_listed(t: Tile, ref: Any, first: Any, x: jax.Array, ok: jax.Array) -> No
 def scatter_listed(
     t: Tile, ref: Any, place: jax.Array, x: jax.Array, ok: jax.Array
 ) -> None:
-    """Store numbers at places of the lists of a tile's queries, where ok."""
-    ok = jnp.broadcast_to(ok, x.shape)
+    """Store numbers at places of the lists of a tile's queries, where ok.
+
+    What is past a list's end, or of queries past the last, is not stored.
+    """
     query = (t.q0 + jnp.arange(t.bq, dtype=i32))[:, None]
+    inside = (query < t.call.T) & (place >= 0) & (place < ref.shape[-1])
+    ok = jnp.broadcast_to(ok & inside, x.shape)
     scatter(t.call, ref, (t.b, t.h, query, place), x, ok)
 
 
@@ -143,7 +160,7 @@ class Pairs:
     @property
     def distance(self) -> jax.Array:
         """Query position minus key position, float32."""
-        return (self.query_position - self.key_position).astype(f32)
+        return difference(self.query_position, self.key_position, f32)
 
     @property
     def away(self) -> tuple[jax.Array, ...]:

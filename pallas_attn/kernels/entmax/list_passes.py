@@ -59,6 +59,20 @@ def over_lists(
     return lax.fori_loop(i32(0), steps, some, state)
 
 
+def clear_lists(t0: Tile, ref: Any) -> None:
+    """Store 0 all over the lists of a tile's queries."""
+    n = t0.bk
+    exists = (t0.q0 + jnp.arange(t0.bq, dtype=i32) < t0.call.T)[:, None]
+
+    def some(i: Any, state: Any) -> Any:
+        place = i * n + jnp.arange(n, dtype=i32)
+        ok = exists & (place < ref.shape[-1])[None, :]
+        put_listed(t0, ref, i * n, jnp.zeros(ok.shape, f32), ok)
+        return state
+
+    lax.fori_loop(i32(0), i32(pl.cdiv(ref.shape[-1], n)), some, i32(0))
+
+
 def _vectors(t0: Tile, ref: Any) -> jax.Array:
     """A sum of vectors for each of the entries in flight; added up after the loop."""
     return jnp.zeros((t0.bq, t0.bk, width_of(ref)), f32)
@@ -173,6 +187,9 @@ def list_rows_kernel(
     held = hold(ops.added, t0, ("", "q"))
     q = None if call.soft_cap is None else t0.rows(ops.q).astype(f32)[:, None, :]
     mine = plan.row_fields + tuple(out["pairs"])
+    if plan.tile_fields:  # `lists.backward` spreads whole lists
+        for ref in (out["ds"], *out["pairs"].values()):
+            clear_lists(t0, ref)
 
     def add(first: Any, t: Any, state: Any) -> Any:
         u = listed(t0, lists.u, first, t0.bk, t.ok)
@@ -193,7 +210,8 @@ def list_rows_kernel(
             k, slope = t.keys(ops.k), None
             if q is not None:
                 _, slope = capped(call, jnp.sum(q * k, 2))
-            dqk = ds if slope is None else ds * slope
+            # Without a pair the slope may be NaN, of a query that sees no key.
+            dqk = ds if slope is None else jnp.where(t.ok, ds * slope, 0.0)
             if "dqk" in out:
                 put_listed(t0, out["dqk"], first, dqk, t.ok)
             if "dq" in state:

@@ -144,7 +144,9 @@ def list_select_kernel(
         level, _, _ = lax.while_loop(more, step, (first, f32(1), i32(0)))
         p, u = weights(keep, level)
         total = jnp.sum(p, 1)[:, None]
-        return p / jnp.where(total == 0, 1.0, total), u, level
+        # A sum that is NaN would make weights of places that hold no key: 0 / NaN.
+        p = jnp.where(keep, p / jnp.where(total == 0, 1.0, total), 0.0)
+        return p, u, level
 
     def size(y: jax.Array) -> jax.Array:
         return jnp.sum(y.astype(i32), 1, dtype=i32)
@@ -183,6 +185,10 @@ def list_select_kernel(
     for name, y in (("keys", key), ("p", p), ("u", u)):
         scatter_listed(t0, out[name], place, y, on)
     t0.put_stat(out["count"], size(on))
+    # `lists.by_key_block` sorts whole lists: what it reads has been written.
+    every = jnp.arange(length, dtype=i32)[None, :]
+    rest = every >= size(on)[:, None]
+    scatter_listed(t0, out["keys"], every, jnp.zeros_like(key), rest)
     row = t0.stat(scores["row"])
     t0.put_stat(out["m"], jnp.where(count > 0, m + row, jnp.inf))
     t0.put_stat(out["level"], level)

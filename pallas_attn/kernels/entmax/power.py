@@ -10,24 +10,19 @@ import jax.numpy as jnp
 from pallas_attn.call import Call
 from pallas_attn.kernels.instructions import exp2, log2, relu
 from pallas_attn.kernels.tile import load_number
-from pallas_attn.normalizers.entmax import Functions, Learned, Power
+from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_power
 
 
 i32 = jnp.int32
 
 
 def power_of(call: Call, alpha: Any, b: Any, h: Any) -> Power | Learned:
-    """Of query head h of batch entry b; alpha: a ref [#B, #N], None if it is static.
-
-    Softmax over a selection is the limit alpha = 1 of `Learned`.
-    """
+    """Of query head h of batch entry b; alpha: a ref [#B, #N], None if it is static."""
     functions = Functions(*(functools.partial(f, call) for f in (exp2, log2, relu)))
     if call.alpha is None:
         at = (b * i32(alpha.shape[0] > 1), h * i32(alpha.shape[1] > 1))
         return Learned(load_number(alpha, at) - 1, functions)
     a = call.alpha - 1
-    return (
-        Power(a, functions, fused=call.dtype != "float32")
-        if a
-        else Learned(0.0, functions)
-    )
+    if takes_power(call.alpha):
+        return Power(a, functions, fused=call.dtype != "float32")
+    return Learned(a, functions)

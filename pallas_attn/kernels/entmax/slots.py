@@ -96,9 +96,7 @@ def fill(
     sweep = sweep_of(t0, ops, plan)
 
     def keep(t: Tile, tops: Any) -> Any:
-        x, row, _ = sweep.scores(t)
-        if ops.added.terms:
-            x = x + row[:, None]
+        x = sweep.whole(t)
         first, second = tops
         return jnp.maximum(first, x), jnp.maximum(second, jnp.minimum(first, x))
 

@@ -43,6 +43,17 @@ class Sweep:
         """(x, row, visible): scores x + row in units of q.k, x = -inf where hidden."""
         return row_scores(t, self.q, self.qs, self.ops.k, self.ops.added, self.held)
 
+    def whole(self, t: Tile) -> jax.Array:
+        """The scores of a tile in units of q.k, -inf where hidden: they bound and rank.
+
+        Without a row's own part where that is NaN or inf: added to -inf it would make
+        candidates of hidden keys. The passes that make weights have it.
+        """
+        x, row, _ = self.scores(t)
+        if not self.ops.added.terms:
+            return x
+        return x + jnp.where(row < jnp.inf, row, 0.0)[:, None]
+
     def above(
         self, m: jax.Array, level: jax.Array, grains: Any, power: Power | Learned
     ) -> Sweep:

@@ -1,0 +1,112 @@
+"""Positions anywhere within +-2^30: differences, comparisons and ranges as integers."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_attn
+from pallas_attn.call import Call, Visibility
+from pallas_attn.kernels.ranges import keys_in_sight, queries_in_sight
+from pallas_attn.kernels.visible import frame, Sight
+from pallas_attn.positions import difference, moved, within
+from pallas_attn.testing.evaluate import implementations, SMALL
+from pallas_attn.testing.numerics import assert_formula
+
+
+FAR = 2**30
+PLACES = np.array([-FAR, 1 - FAR, -(2**24) - 1, -3, 0, 2, 2**24 + 1, FAR - 1, FAR])
+REACHES = (0, 1, 5, 2**24, FAR - 1, FAR, FAR + 1, 2**31 - 2, 2**31 - 1, 2**31)
+WINDOWS = list(itertools.product(REACHES, REACHES))
+
+q, k = (jnp.asarray(x, jnp.int32) for x in (PLACES[:, None], PLACES[None, :]))
+DISTANCE = PLACES[:, None] - PLACES[None, :]  # int64
+
+
+def test_a_difference_is_that_of_integers():
+    np.testing.assert_array_equal(
+        difference(q, k, jnp.float32), DISTANCE.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("window", [(a, b) for a, b in WINDOWS if a in (0, b)], ids=str)
+def test_a_window_compares_integers(window):
+    left, right = window
+    found = np.ones(DISTANCE.shape, bool)
+    for condition in within(q, k, window):
+        found &= np.asarray(condition)
+    np.testing.assert_array_equal(found, (left >= DISTANCE) & (right >= -DISTANCE))
+
+
+@pytest.mark.parametrize("by", [*REACHES, *(-n for n in REACHES)])
+def test_a_sum_ends_where_int32_does(by):
+    want = np.clip(PLACES + by, -(2**31), 2**31 - 1)
+    if abs(by) < 2**31:
+        np.testing.assert_array_equal(moved(jnp.asarray(PLACES, jnp.int32), by), want)
+    assert [moved(int(x), by) for x in PLACES] == list(want)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+@pytest.mark.parametrize("offset", [-FAR, -7, 3, FAR - 37])
+@pytest.mark.parametrize("window", [None, (3, 2**31), (2**31 - 1, 4), (FAR, FAR)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_ranges_are_those_of_integers(causal, window, offset, traced):
+    """Of a block, what any entry sees and what every entry sees lie as told."""
+    T, S, block = 37, 53, 16
+    call = Call(1, 1, 1, T, S, 16, 16, 1.0, "float32", causal=causal, window=window)
+    given = jnp.asarray([offset], jnp.int32)
+    call = Call(**{**vars(call), "offset": None if traced else offset})
+    sight = Sight(Visibility(offset=given if traced else None))
+    where = frame(call, sight, jnp.int32(0), lambda ref, at: ref[at])
+    i, j = np.arange(T)[:, None] + offset, np.arange(S)[None, :]
+    sees = np.ones((T, S), bool)
+    if causal:
+        sees &= j <= i
+    if window is not None:
+        sees &= (i - j <= window[0]) & (j - i <= window[1])
+    for seen, in_sight in ((sees, keys_in_sight), (sees.T, queries_in_sight)):
+        for start in range(0, seen.shape[0], block):
+            own = seen[start : start + block]
+            whole = own.shape[0] == block  # a ragged block may be told less of
+            any_, every = in_sight(call, where, jnp.int32(start), block)
+            got = np.zeros(seen.shape[1], bool)
+            got[max(int(any_[0]), 0) : max(int(any_[1]), 0)] = True
+            assert (got | ~own.any(0)).all()
+            assert not whole or (got == own.any(0)).all()
+            got[:] = False
+            got[max(int(every[0]), 0) : max(int(every[1]), 0)] = True
+            assert (own.all(0) | ~got).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementations()])
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {"local_window_size": (2**31 - 1, 5)}],
+    ids=["causal", "window"],
+)
+def test_calls_with_positions_2_31_apart(options, implementation):
+    n = PLACES.size
+    zero, value = jnp.zeros((1, n, 1, 16)), jnp.eye(n, 16)[None, :, None]
+    at = jnp.asarray(PLACES, jnp.int32)
+    slope = jnp.array([2.0**-29])
+    attend = jax.jit(
+        lambda at: pallas_attn.dot_product_attention(
+            zero,
+            zero,
+            value,
+            pallas_attn.ALiBi(slope),
+            query_positions=at,
+            key_positions=at,
+            implementation=implementation,
+            config=SMALL,
+            **options,
+        )
+    )
+    seen = (0 if "is_causal" in options else -5) <= DISTANCE
+    if "local_window_size" in options:
+        seen &= DISTANCE <= 2**31 - 1
+    e = np.where(seen, np.exp2(-np.abs(DISTANCE) / 2**29 / np.log(2)), 0)
+    want = np.pad(e / e.sum(1, keepdims=True), ((0, 0), (0, 16 - n)))
+    assert_formula(attend(at)[0, :, 0], want)
