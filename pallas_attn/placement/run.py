@@ -72,4 +72,4 @@ def _placed(
     return results(*lifted(arrays, varying(arrays)), call)
 
 
-compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2), inline=True)
+compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2))

@@ -1,4 +1,4 @@
-"""In `jax.export` with a symbolic batch: kernels, which have static grids, in a loop."""
+"""In `jax.export` with a symbolic batch: kernels, of static grids, in a loop."""
 
 from __future__ import annotations
 
