@@ -89,10 +89,13 @@ def rows(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
     return [row for dtype in dtypes for row in _rows(dtype, SIZES)]
 
 
-def bias_rows(sizes: dict[str, int] | None = None) -> list[Row]:
-    """Every bias in float32, causal."""
-    found = _rows("float32", SIZES | (sizes or {}))
-    return [row for row in found if row.group == "bias"]
+def bias_rows(sizes: dict[str, int], seed: int) -> list[Row]:
+    """Every bias in float32, causal; `sizes` differ from `SIZES`."""
+    found = [x for x in _rows("float32", SIZES | sizes) if x.group == "bias"]
+    plans = (dataclasses.replace(x.plan, seed=seed + x.plan.seed) for x in found)
+    return [
+        dataclasses.replace(x, plan=plan) for x, plan in zip(found, plans, strict=True)
+    ]
 
 
 def small_rows() -> list[Row]:
