@@ -18,7 +18,7 @@ from pallas_attn.command import new_file, Parser
 from pallas_attn.implementations import current_device, resolve
 from pallas_attn.verify.check import Verified, verify_all
 from pallas_attn.verify.large import free_bytes, LARGE, LEAST_BYTES, verify_large
-from pallas_attn.verify.rows import Row, rows, small_rows
+from pallas_attn.verify.rows import Row, rows, SHORT, SIZES, small_rows
 
 
 # Threads that compile; tracing is Python, and takes turns.
@@ -70,7 +70,7 @@ def _all(implementation: str, platform: str, wanted: str) -> list[Verified]:
     """Every group of calls, a line each as it ends."""
     threads = min(os.cpu_count() or 1, MOST_THREADS)
     keep = lambda given: [x for x in given if wanted in f"{x.group} {x.name}"]
-    chosen = keep(rows())
+    chosen = keep(rows(SHORT if platform == "cpu" else SIZES))
     found = show(verify_all(chosen, implementation, threads), len(chosen))
     if platform == "cpu" and implementation == "xla":
         print("\nThe GPU's kernels, interpreted:")
