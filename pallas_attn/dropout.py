@@ -58,6 +58,17 @@ def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
     return jnp.stack([first, seed[1] ^ _mixed(_mixed(first))])
 
 
+def seed_of_all(seed: Int[Array, 2], call: Call) -> Int[Array, "B N 4"]:
+    """The `Seed` of a part of the call that starts at each batch entry and head.
+
+    Cut along these two axes, its first one is that of the part.
+    """
+    shape = (call.B, call.N)
+    words = (jnp.broadcast_to(seed[i], shape) for i in range(2))
+    counts = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    return jnp.stack([*words, *counts], -1)
+
+
 def head_words(call: Call, seed: Seed, b: Any, n: Any) -> Words:
     """The words of query head n of batch entry b; of all, where the mask is shared."""
     if call.dropout_shared:
@@ -86,7 +97,7 @@ def kept(call: Call, queries: Words, key: Int[Array, "*keys"]) -> Bool[Array, "*
 
 
 def kept_on(
-    call: Call, seed: Int[Array, " words"] | None, first: tuple[Any, ...] = (0, 0, 0)
+    call: Call, seed: Int[Array, "*BN words"] | None, first: tuple[Any, ...] = (0, 0, 0)
 ) -> Bool[Array, "#B #N T S"] | None:
     """Which weights of all heads, queries and keys are kept; None: every one is.
 
@@ -102,7 +113,8 @@ def kept_on(
         for start, n in zip(first, (call.B, call.T, call.S), strict=True)
     )
     n = jnp.arange(call.N, dtype=jnp.int32)[None, :, None, None]
-    words = tuple(seed[i] for i in range(seed.shape[0]))
+    words = seed if seed.ndim == 1 else seed[0, 0]
+    words = tuple(words[i] for i in range(words.shape[0]))
     head = head_words(call, words, b[:, None, None, None], n)
     queries = query_words(head, i[None, None, :, None])
     return kept(call, queries, key_word(j)[None, None, None, :])

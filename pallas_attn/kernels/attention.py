@@ -112,7 +112,8 @@ def _forward(
     p = plan(call, ops.sight, ops.added, wanted)
     out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
     lse = out["lse"]
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    sums = out["peak"] * call.scale + out["total"] * LN2 if p.large else lse * LN2
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, sums)
     residuals = Residuals(ops, factors, wanted=wanted, **out)
     return (residuals.o, natural), residuals
 
@@ -191,6 +192,8 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
 
     def side_gradient(n: int, side: int) -> Array | None:
         place = wanted.places[n]
+        if place not in (wanted.a, wanted.b)[side]:
+            return None
         g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
         if g is None:
             return None
@@ -203,9 +206,9 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
         (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
     )
     return Operands(
-        rows.get("dq"),
-        cols.get("dk"),
-        cols.get("dv"),
+        rows.get("dq") if wanted.q else None,
+        cols.get("dk") if wanted.k else None,
+        cols.get("dv") if wanted.v else None,
         Added(with_fields(ops.added, grads), sides),
         jax.tree.map(lambda _: None, ops.sight),
     )

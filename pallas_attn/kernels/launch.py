@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import jaxpr_as_fun
@@ -74,6 +75,8 @@ def launch(
 
     into: arrays like the outputs, which the kernel's stores change and the rest stays.
     """
+    inputs = jax.tree.map(within_reach, inputs)
+    assert all(within_reach(x) is x for x in jax.tree.leaves((outputs, into)))
     axes = varying(inputs)
     inputs, into = lifted(inputs, axes), lifted(into, axes)
     bound = functools.partial(kernel, call=call, **static)
@@ -111,6 +114,18 @@ def interpreted(run: Any, operands: Any, axes: frozenset[Any]) -> Any:
 def _aliases(inputs: Any, into: Any) -> dict[int, int]:
     first = len(jax.tree.leaves(inputs))
     return {first + i: i for i in range(len(jax.tree.leaves(into)))}
+
+
+def within_reach(x: Any) -> Any:
+    """An array as it is, or wider where an offset would overflow.
+
+    Pallas takes offsets of 64 bits for an array of more than 2^32 bytes, else signed
+    ones of 32, counted in entries: those of 1 byte reach only the first 2^31.
+    """
+    if x.dtype.itemsize > 1 or not 2**31 < x.size <= 2**32:
+        return x
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.bfloat16 if floats else jnp.int16)
 
 
 def like(x: Any) -> jax.ShapeDtypeStruct:

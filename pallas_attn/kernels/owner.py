@@ -36,7 +36,9 @@ def frame_of(call: Call, sight: Sight, b: Any) -> Any:
     found, seed = frame(call, sight, b, number), sight.arrays.seed
     if seed is None:
         return found
-    words = tuple(number(seed, (i32(i),)) for i in range(seed.shape[0]))
+    *lead, count = seed.shape
+    front = (i32(0),) * len(lead)
+    words = tuple(number(seed, (*front, i32(i))) for i in range(count))
     return replace(found, seed=words)
 
 

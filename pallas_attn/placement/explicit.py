@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_attn.call import Call
+from pallas_attn.dropout import seed_of_all
 from pallas_attn.placement.letters import Axes, axes_of, leaves, mapped
 from pallas_attn.placement.varying import lifted
 
@@ -109,6 +110,7 @@ def spread(
 
     Results have the letters [B, T, N, ..] or, of two axes, [B, N].
     """
+    arrays = counted(arrays, call)
     axes = axes_of(arrays)
     specs = mapped(lambda x, a: layout.spec(a.letters, x.shape), arrays, axes)
     arrays = jax.tree.map(
@@ -141,29 +143,30 @@ def spread(
 
 
 def part(arrays: list[Any], call: Call, layout: Layout) -> tuple[list[Any], Call]:
-    """A device's part as a call of its own: fewer entries and heads.
+    """A device's part as a call of its own, of fewer batch entries and heads.
 
-    Devices that share a key head each take it; dropout counts entries and heads of the
-    whole.
+    Devices that share a key head each take it.
     """
-    query, key, value, *rest, visibility = arrays
-    entry, group = (
-        lax.axis_index(names) if names else jnp.int32(0)
-        for names in (layout.batch, layout.heads)
-    )
+    query, key, value, *rest = arrays
     heads = math.lcm(call.K, layout.groups) // layout.groups
     if call.K > 1 and call.K % layout.groups:
         shared = math.lcm(call.K, layout.groups) // call.K
-        mine = (group * heads + jnp.arange(heads, dtype=jnp.int32)) // shared
+        first = lax.axis_index(layout.heads) * heads
+        mine = (first + jnp.arange(heads, dtype=jnp.int32)) // shared
         key, value = (jnp.take(x, mine, 2, mode="clip") for x in (key, value))
     small = replace(
         call, B=call.B // layout.entries, N=call.N // layout.groups, K=heads
     )
-    if visibility.seed is not None:
-        first = jnp.stack([entry * small.B, group * small.N]).astype(jnp.int32)
-        seed = jnp.concatenate([visibility.seed, first])
-        visibility = replace(visibility, seed=seed)
-    return [query, key, value, *rest, visibility], small
+    return [query, key, value, *rest], small
+
+
+def counted(arrays: list[Any], call: Call) -> list[Any]:
+    """The arrays of a call of which parts will count entries and heads of the whole."""
+    *rest, visibility = arrays
+    if visibility.seed is None:
+        return arrays
+    seed = seed_of_all(visibility.seed, call)
+    return [*rest, replace(visibility, seed=seed)]
 
 
 def _bare(arrays: Any) -> Any:

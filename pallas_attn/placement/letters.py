@@ -24,7 +24,7 @@ VISIBILITY = {
     "query_segments": "BT",
     "key_segments": "BS",
     "mask": "BNTS",
-    "seed": "w",
+    "seed": "BNw",  # once parts of a call count entries and heads of the whole
 }
 
 # What a user calls the arrays of a `Visibility`.

@@ -65,7 +65,7 @@ def _placed(
         return explicit.spread(results, arrays, call, layout)
     alone = jax.device_count() == 1 or device.abstract or in_shard_map()
     if results.kernels and not alone:
-        return automatic.attend(results, call, arrays)
+        return automatic.attend(results, call, explicit.counted(arrays, call))
     return results(*lifted(arrays, varying(arrays)), call)
 
 
