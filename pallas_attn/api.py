@@ -22,6 +22,7 @@ from pallas_attn.implementations import (
 )
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.placement.run import run
 
 
 class Visited(NamedTuple):
@@ -281,11 +282,12 @@ def attended(given: Canonical, return_residual: bool) -> Any:
     if sizes.empty:
         output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
         residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
+        made = (output, residual)
     else:
-        output, residual = attend_of(given.implementation, given.kind)(*given.operands)
-    output = output.reshape(*sizes.leading, *output.shape[1:])
-    residual = residual.reshape(*sizes.leading, *residual.shape[1:])
-    return (output, residual) if return_residual else output
+        attend = attend_of(given.implementation, given.kind)
+        made = run(attend, given, 2 if return_residual else 1)
+    led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
+    return led if return_residual else led[0]
 
 
 def visited(
@@ -357,7 +359,7 @@ def visited(
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
-        shares = blocks(*given.operands)
+        shares = run(blocks, given, 3)
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))
 
 
@@ -436,5 +438,5 @@ def sparsity(
     if sizes.empty or count is None:
         shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
     else:
-        shares = count(*given.operands)
+        shares = run(count, given, 2)
     return Sparsity(*(x.reshape(*sizes.leading, sizes.N) for x in shares))

@@ -65,7 +65,8 @@ class Visibility:
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     mask: Bool[Array, "#B #N #T #S"] | None = None
-    seed: Int[Array, 2] | None = None  # of dropout: hides no key, but some weights
+    # of dropout, which hides no key but some weights: [2], or `dropout.seed_of_all`
+    seed: Int[Array, "*BN words"] | None = None
 
     @property
     def placed(self) -> bool:

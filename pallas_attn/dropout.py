@@ -40,8 +40,11 @@ M1 = 0x7FEB352D
 M2 = 0x846CA68B - 2**32
 G = 0x9E3779B9 - 2**32
 
-# Two int32 numbers or arrays: of a seed, a head, or queries.
+# Two int32 numbers or arrays: of a head, or queries.
 Words = tuple[Any, Any]
+# Those of a seed; where a call is part of a larger one, the batch entry and the head
+# of that one at which it starts, too.
+Seed = tuple[Any, ...]
 
 
 def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
@@ -55,10 +58,23 @@ def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
     return jnp.stack([first, seed[1] ^ _mixed(_mixed(first))])
 
 
-def head_words(call: Call, seed: Words, b: Any, n: Any) -> Words:
+def seed_of_all(seed: Int[Array, 2], call: Call) -> Int[Array, "B N 4"]:
+    """The `Seed` of a part of the call that starts at each batch entry and head.
+
+    Cut along these two axes, its first one is that of the part.
+    """
+    shape = (call.B, call.N)
+    words = (jnp.broadcast_to(seed[i], shape) for i in range(2))
+    counts = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    return jnp.stack([*words, *counts], -1)
+
+
+def head_words(call: Call, seed: Seed, b: Any, n: Any) -> Words:
     """The words of query head n of batch entry b; of all, where the mask is shared."""
     if call.dropout_shared:
         b, n = jnp.int32(0), jnp.int32(0)
+    elif len(seed) > 2:
+        b, n = b + seed[2], n + seed[3]
     return _mixed(_mixed(seed[0] + b) + n), _mixed(_mixed(seed[1] ^ b) ^ n)
 
 
@@ -81,7 +97,7 @@ def kept(call: Call, queries: Words, key: Int[Array, "*keys"]) -> Bool[Array, "*
 
 
 def kept_on(
-    call: Call, seed: Int[Array, 2] | None, first: tuple[Any, Any, Any] = (0, 0, 0)
+    call: Call, seed: Int[Array, "*BN words"] | None, first: tuple[Any, ...] = (0, 0, 0)
 ) -> Bool[Array, "#B #N T S"] | None:
     """Which weights of all heads, queries and keys are kept; None: every one is.
 
@@ -97,7 +113,9 @@ def kept_on(
         for start, n in zip(first, (call.B, call.T, call.S), strict=True)
     )
     n = jnp.arange(call.N, dtype=jnp.int32)[None, :, None, None]
-    head = head_words(call, (seed[0], seed[1]), b[:, None, None, None], n)
+    words = seed if seed.ndim == 1 else seed[0, 0]
+    words = tuple(words[i] for i in range(words.shape[0]))
+    head = head_words(call, words, b[:, None, None, None], n)
     queries = query_words(head, i[None, None, :, None])
     return kept(call, queries, key_word(j)[None, None, None, :])
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from pallas_attn.implementations import current_device, refusal
+from pallas_attn.placement.run import compiled
 from pallas_attn.xla import chunks
 
 
@@ -24,7 +25,15 @@ def getkey():
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def retraced():
+    """Calls whose tracing reads constants that the test changes: none was traced."""
+    compiled.clear_cache()
+    yield
+    compiled.clear_cache()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch, retraced):
     """One sequence and at most 8 rows a chunk: several chunks in a ragged case."""
     for name, value in {"BYTES": 1, "MOST_ROWS": 8, "LEAST_ROWS": 8}.items():
         monkeypatch.setattr(chunks, name, value)

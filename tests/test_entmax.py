@@ -483,7 +483,9 @@ def test_sparsity_counts_zeros_among_visible_pairs(normalizer, implementation):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(fits, monkeypatch):
+def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
+    fits, monkeypatch, retraced
+):
     """The device chooses between two ways to the same numbers, forward and backward."""
     monkeypatch.setattr(choice, "LONG", 1)
     monkeypatch.setattr(lists, "MEAN", 40 if fits else 1)

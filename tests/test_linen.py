@@ -332,6 +332,12 @@ DECODED: dict[str, Any] = {
 }
 
 
+# Modules that make something of the layer's keys, or could.
+SHARED = [
+    name for name, (module, _) in DECODED.items() if isinstance(module, nn.Module)
+]
+
+
 @functools.cache
 def decoding(bias):
     """A layer's step, inputs, what goes with them, an empty cache, the full forward."""
@@ -433,6 +439,55 @@ def test_decoding_without_a_batch(getkey):
     assert_formula(output, full)
 
 
+class Layers(nn.Module):
+    """Two layers that share a bias module."""
+
+    bias: Any
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, x, **extra):
+        for _ in range(2):
+            x = x + MultiHeadAttention(
+                N, bias=self.bias, is_causal=True, decode=self.decode, **OURS
+            )(x, **extra)
+        return x
+
+
+def test_layers_that_share_modules_decode_each_with_its_own_keys(getkey):
+    """All modules at once but Co-ALiBi, which is no sum's term."""
+    biases = [bias for name, (bias, _) in DECODED.items() if name != "co_alibi"]
+    module = sum(bias for bias in biases if isinstance(bias, BiasModule))
+    x, extra = jax.random.normal(getkey(), (B, LENGTH, F)), both(getkey())
+    layers = Layers(module, decode=True)
+    variables = initialised(layers, getkey(), x, **extra)
+    full = jax.jit(Layers(module).apply)
+    want = full({"params": variables["params"]}, x, **extra)
+    step = jax.jit(functools.partial(layers.apply, mutable=["cache"]))
+    half = LENGTH // 2
+    first = {name: field[:, :half] for name, field in extra.items()}
+    output, cache = step(variables, x[:, :half], **first)
+    assert_formula(output, want[:, :half])
+    last = {name: field[:, half:] for name, field in extra.items()}
+    output, _ = step(variables | cache, x[:, half:], **last)
+    assert_formula(output, want[:, half:])
+
+
+@pytest.mark.parametrize("mask", ["traced", "traced NTS"])
+def test_a_traced_mask_to_be_added_makes_nan(mask, getkey):
+    """Read as flax reads masks it would say the opposite."""
+    x = jax.random.normal(getkey(), (B, T, F))
+    layer: Any = MultiHeadAttention(N, **OURS)
+    variables = initialised(layer, getkey(), x)
+    apply = jax.jit(lambda mask: layer.apply(variables, x, mask=mask))
+    seen = jnp.tril(jnp.ones((B, 1, T, T), jnp.float32))
+    if mask == "traced NTS":
+        seen = seen[0]
+    assert_formula(apply(seen), layer.apply(variables, x, mask=seen != 0))
+    output = apply(jnp.where(seen != 0, 0.0, -jnp.inf))
+    assert np.isnan(output).all()
+
+
 # Transforms.
 
 
@@ -500,6 +555,13 @@ def test_modules_from_outside_are_adopted_under_the_name_of_the_field(getkey):
 # Refusals.
 
 
+class Three(BiasModule):
+    """What a module may not return."""
+
+    def __call__(self, context: Any) -> Any:
+        return 3
+
+
 REFUSED: dict[str, Any] = {
     "heads": ({"num_heads": 5}, {}, ValueError, "`num_heads` must divide"),
     "kv_heads": ({"num_kv_heads": 3}, {}, ValueError, "`num_kv_heads` must divide"),
@@ -521,6 +583,35 @@ REFUSED: dict[str, Any] = {
     "einsum": (
         {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}, {},
         NotImplementedError, "`qk_attn_weights_einsum_cls` cannot be honoured",
+    ),
+    "list": ({"bias": [ALiBi(), ALiBi()]}, {}, TypeError, "one bias; got several"),
+    "returned": ({"bias": Three()}, {}, TypeError, "`bias`, a Three, must return"),
+    "returned_term": (
+        {"bias": ALiBi() + Three()}, {},
+        TypeError, r"`bias.terms\[1\]`, a Three, must return a bias value .* got 3",
+    ),
+    "fading_both_ways": (
+        {"bias": ALiBi() + ForgetGate()}, {}, ValueError, "is_causal=True",
+    ),
+    "fading_both_ways_value": (
+        {"bias": pallas_attn.ForgetGate(jnp.zeros((1, T, N)))}, {},
+        ValueError, "a ForgetGate fades what comes before",
+    ),
+    "mask_by_place": (
+        {}, {"inputs_k": jnp.ones((B, T, F)), "inputs_v": jnp.ones((B, T, T), bool)},
+        ValueError, "`inputs_v` must be floating .* `mask=...`",
+    ),
+    "mask_of_flax_by_place": (
+        {}, {"inputs_k": jnp.ones((B, T, F)), "inputs_v": jnp.ones((B, 1, T, T))},
+        ValueError, "`inputs_v` must be floating .* `mask=...`",
+    ),
+    "mask_as_keys": (
+        {}, {"inputs_k": jnp.ones((B, 1, T, T))},
+        ValueError, "`inputs_k` must be floating .* `mask=...`",
+    ),
+    "added_mask": (
+        {}, {"mask": jnp.full((1, 1, T, T), -100.0).at[..., 0].set(0)},
+        ValueError, "`mask` must be bool, .* from -100.0 on",
     ),
     "sow": ({}, {"sow_weights": True}, NotImplementedError, "`sow_weights`"),
     "both_inputs": (

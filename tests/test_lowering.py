@@ -1,9 +1,13 @@
 """Every kernel lowers for CUDA and compiles within a card's means, without a card."""
 
 import functools
+import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_attn import dot_product_attention, Entmax, Softmax
 from pallas_attn.config import Block, Config
 from pallas_attn.inspect import main
 from pallas_attn.testing.cases import Case, cases
@@ -11,11 +15,14 @@ from pallas_attn.testing.evaluate import kernels, small
 from pallas_attn.testing.lowering import (
     compile_kernel,
     DEVICES,
+    lower,
     SHARED_LIMIT,
+    triton_ir,
     triton_version,
     unavailable,
 )
 from pallas_attn.testing.numerics import SPILLS
+from pallas_attn.testing.triton_ir import offset_bits
 
 
 LENGTH = 1024
@@ -253,6 +260,48 @@ def test_half_precision_uses_the_tensor_cores_of_hopper():
     used = {k.name: compile_kernel(k, 90).wgmma for k in lowered(case)}
     for name in ("forward_kernel", "rows_kernel", "cols_kernel"):
         assert used[name] > 0, name
+
+
+# An array [1, N, T, S] of a dtype: a mask, a bias, or None and heads of size 1.
+LARGE = {
+    "a mask of 2^31 bytes": ((8, 16384, 16384), jnp.bool_),
+    "more": ((1, 2**16, 2**15 + 1), jnp.bool_),
+    "a mask of 2^32 bytes": ((16, 16384, 16384), jnp.bool_),
+    "still more": ((17, 16384, 16384), jnp.bool_),
+    "a bias of 2^31 numbers": ((8, 16384, 16384), jnp.bfloat16),
+    "one more": ((1, 2**16, 2**15 + 1), jnp.bfloat16),
+    "queries of 2^31 numbers": ((2**14, 2**17, 1), None),
+    "queries of more": ((2**14 + 8, 2**17, 1), None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "normalizer"),
+    [(x, Softmax()) for x in LARGE] + [("a mask of 2^32 bytes", Entmax(1.5))],
+    ids=str,
+)
+def test_offsets_have_the_bits_that_they_need(name, normalizer):
+    """Signed ones of 32 bits end at 2^31 entries, whatever an entry's bytes are."""
+    (heads, queries, keys), dtype = LARGE[name]
+    given = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    q, k = (given(1, n, heads, 1) for n in (queries, keys))
+    pairs = None if dtype is None else given(1, heads, queries, keys, dtype=dtype)
+    mask, bias = (pairs, None) if dtype == jnp.bool_ else (None, pairs)
+
+    def gradients(q, k, bias, mask):
+        options = {"normalizer": normalizer, "implementation": "triton"}
+        attend = lambda q, k, v, bias: dot_product_attention(
+            q, k, v, bias, mask, **options
+        )
+        return jax.vjp(attend, q, k, k, bias)[1](q)
+
+    sizes = []
+    for kernel in lower(gradients, q, k, bias, mask):
+        for place, bits in offset_bits(triton_ir(kernel)).items():
+            shape, _ = kernel.arguments[place]
+            sizes.append(math.prod(shape))
+            assert sizes[-1] <= 2 ** (bits - 1), f"{kernel.name}: {shape}"
+    assert max(sizes) >= 2**31
 
 
 def test_a_block_that_was_given_is_the_block_that_is_launched():

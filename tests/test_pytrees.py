@@ -24,7 +24,7 @@ from pallas_attn import (
     FactoredBias,
 )
 from pallas_attn.bias.base import Sum
-from pallas_attn.testing.numerics import assert_same_bits
+from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
 T, S, N, H, R = 5, 7, 4, 8, 3
@@ -212,6 +212,49 @@ def test_a_learned_alpha_is_a_leaf_and_a_static_one_is_none(qkv):
     assert jnp.isfinite(gradient.alpha).all()
     assert jax.tree.leaves(Entmax(1.5)) == []
     assert jax.grad(loss)(Entmax(1.5)) == Entmax(1.5)
+
+
+@pytest.mark.parametrize("label", [0, 1, True, False, 1.5, 0.1, "a", None], ids=repr)
+def test_trees_of_labels_have_the_structure_of_a_learned_alpha(label):
+    """Of axes, masks of optax, filters, learning rates: None is no leaf to JAX."""
+    learned = {"n": Entmax(jnp.full(N, 1.5), top_k=3)}
+    labels = jax.tree.map(lambda _: label, learned)
+    assert labels["n"] == Entmax(label, top_k=3)
+    assert jax.tree.leaves(labels) == [label] * (label is not None)
+    if label is None:
+        labels = jax.tree.map(lambda x: x, labels, is_leaf=lambda x: x is None)
+    is_leaf = lambda x: x is None
+    same = jax.tree.structure(learned), jax.tree.structure(labels, is_leaf=is_leaf)
+    assert same[0] == same[1]
+    both = jax.tree.map(lambda x, _: x, learned, labels, is_leaf=is_leaf)
+    assert both == learned
+
+
+def test_axes_are_written_as_a_normalizer(qkv):
+    query, key, value = qkv
+    attend = lambda n: dot_product_attention(query, key, value, normalizer=n)
+    alphas = jnp.linspace(1.2, 1.8, 2 * N).reshape(2, N)
+    want = jnp.stack([attend(Entmax(alpha)) for alpha in alphas])
+    for axis in (0, 1, -1):
+        given = Entmax(jnp.moveaxis(alphas, 0, axis))
+        assert_formula(jax.vmap(attend, in_axes=(Entmax(axis),))(given), want)
+
+
+def test_an_int_alpha_is_one_for_all_heads_in_a_transformation(qkv):
+    query, key, value = qkv
+    attend = lambda n: dot_product_attention(query, key, value, normalizer=n)
+    for alpha in (1, 2):
+        found = jax.jit(attend)(Entmax(alpha))
+        assert_formula(found, attend(Entmax(float(alpha))))
+
+
+@pytest.mark.parametrize("alpha", [1.5, np.full(N, 1.5, np.float32)], ids=["one", "N"])
+def test_flax_writes_and_restores_a_normalizer(alpha):
+    written = flax.serialization.to_bytes({"n": Entmax(alpha, top_k=3)})
+    blank = {"n": Entmax(jax.tree.map(lambda x: x * 0, alpha), top_k=3)}
+    restored = flax.serialization.from_bytes(blank, written)["n"]
+    assert restored.top_k == 3
+    np.testing.assert_array_equal(restored.alpha, alpha)
 
 
 def test_a_normalizer_is_traced_once_for_equal_shapes(qkv):

@@ -117,6 +117,9 @@ def alpha(x: Any, sizes: Sizes) -> float | Float[Array, " N"]:
         _within(np.asarray(x, np.float64))
         return float(x)
     found = array("normalizer.alpha", x, rule, advice)
+    if found.ndim == 0 and jnp.issubdtype(found.dtype, jnp.integer):
+        # A Python int is a leaf of a normalizer, of which a transformation makes this.
+        found = jnp.full((sizes.N,), found, jnp.float32)
     floating("normalizer.alpha", found, "Cast it: `.astype(jnp.float32)`.")
     advice = "Give one alpha per head, or a Python float for all."
     shape("normalizer.alpha", found, axes("N", sizes), advice)

@@ -43,12 +43,20 @@ class Elements:
         plan: The call.
         chosen: The set of values.
         index: Its place among the sets.
+        given: Operands, conditions and cotangents that are not to be drawn, of a call
+            without maps.
     """
 
-    def __init__(self, plan: Plan, chosen: str, index: int):
+    def __init__(
+        self,
+        plan: Plan,
+        chosen: str,
+        index: int,
+        given: tuple[Arrays, Arrays, Arrays] | None = None,
+    ):
         self.plan, self.chosen, self.index = plan, chosen, index
         self.places: list[Sizes] = list(np.ndindex(*plan.map_sizes))
-        self.values = [values(plan, chosen, index, at) for at in self.places]
+        self.values = [given or values(plan, chosen, index, at) for at in self.places]
         self.marked: Marked | None = None
         clean = self._truths(gradients=False)
         rng = np.random.default_rng([plan.seed, index, 99])

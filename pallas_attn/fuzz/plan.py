@@ -203,3 +203,19 @@ def describe(plan: Plan) -> str:
     )
     bias = "+".join(plan.bias) or "none"
     return f"{plan.dtype} L{plan.L} {sizes} bias={bias} [{arrays}] {' '.join(rest)}"
+
+
+def plain(**facts: Any) -> Plan:
+    """A call that is as `PLAIN`, but for these facts."""
+    rest: dict[str, Any] = {
+        "seed": 0,
+        "L": (2,),
+        "dtype": "float32",
+        "bias": (),
+        "forms": {},
+        "raw": False,
+        "order": "sorted",
+        "rng_kind": "typed",
+        "precision": "highest",
+    }
+    return Plan(**{**PLAIN, **rest, **facts})

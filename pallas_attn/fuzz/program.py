@@ -199,7 +199,8 @@ def _mapped(
             name: places.get(name, 0) if name in names else None for name in operands
         }
         operands = {
-            name: jnp.moveaxis(x, 0, axes[name] or 0) for name, x in operands.items()
+            name: jnp.moveaxis(x, 0, axis) if (axis := axes[name]) else x
+            for name, x in operands.items()
         }
         in_axes = (
             _given(plan, axes),

@@ -15,7 +15,7 @@ from pallas_attn.fuzz.derivatives import hvp_errors, jvp_errors, SMOOTH
 from pallas_attn.fuzz.elements import Elements
 from pallas_attn.fuzz.plan import Plan
 from pallas_attn.fuzz.program import Programs
-from pallas_attn.fuzz.tolerance import difference, largest, leaf, noisy
+from pallas_attn.fuzz.tolerance import difference, largest, Leaf, leaf, noisy
 from pallas_attn.fuzz.values import DTYPES
 
 
@@ -98,35 +98,49 @@ def _check_set(
     peer = None
     if plan.low and implementation != "xla":
         try:
-            peer = _leaves(*programs.run("xla", elements))
+            peer = leaves_of(*programs.run("xla", elements))
         except Exception as error:
             found.append(_raised(chosen, error, "xla raised"))
-    return found + _leaf_errors(elements, _leaves(outputs, gradients), peer)
-
-
-def _leaf_errors(elements: Elements, got: Any, peer: Any) -> list[Finding]:
-    plan, found = elements.plan, []
-    exact = elements.truths()
-    want, rough = elements.joined(exact), noisy(elements)
-    skip = np.stack([x.unselected for x in exact])
-    skip = skip.reshape(*plan.map_sizes, *skip.shape[1:])
-    for name, x in got.items():
-        skipped = {"output": skip[..., None], "residual": skip}.get(name)
-        theirs = None if peer is None else peer[name]
-        compared = leaf(
-            plan, name, x, want[name], [y[name] for y in rough], theirs, skipped
-        )
-        if theirs is not None and not np.isfinite(compared.allowed):
-            if np.isfinite(compared.error):  # else its dtype has no such number
+    for x in compared(elements, leaves_of(outputs, gradients), peer):
+        if peer is not None and not math.isfinite(x.allowed):
+            if math.isfinite(x.error):  # else its dtype has no such number
                 note = "xla alone is not finite"
-                found.append(Finding(elements.chosen, name, note=note))
-        elif not compared.right:
-            facts = (compared.error, compared.allowed, compared.size)
-            found.append(Finding(elements.chosen, name, *facts))
+                found.append(Finding(chosen, x.name, note=note))
+        elif not x.right:
+            found.append(Finding(chosen, x.name, x.error, x.allowed, x.size))
     return found
 
 
-def _leaves(outputs: Any, gradients: Any) -> dict[str, np.ndarray]:
+def compared(
+    elements: Elements, got: dict[str, np.ndarray], peer: Any = None
+) -> list[Leaf]:
+    """Outputs and gradients beside the truth, and how far each may be off.
+
+    Args:
+        elements: Of the call.
+        got: What the library returned, by name.
+        peer: What "xla" returned, of a 16-bit call of another implementation.
+    """
+    plan, exact = elements.plan, elements.truths()
+    want, rough = elements.joined(exact), noisy(elements)
+    skip = np.stack([x.unselected for x in exact])
+    skip = skip.reshape(*plan.map_sizes, *skip.shape[1:])
+    skips = {"output": skip[..., None], "residual": skip}
+    return [
+        leaf(
+            plan,
+            name,
+            x,
+            want[name],
+            [each[name] for each in rough],
+            None if peer is None else peer[name],
+            skips.get(name),
+        )
+        for name, x in got.items()
+    ]
+
+
+def leaves_of(outputs: Any, gradients: Any) -> dict[str, np.ndarray]:
     """By name: "output", "residual", and operands."""
     return dict(zip(("output", "residual"), outputs, strict=False)) | dict(gradients)
 
@@ -138,7 +152,7 @@ def _dtypes(elements: Elements, outputs: Any, gradients: Any) -> list[Finding]:
     given = {} if plan.transform == "jvp" else gradients
     return [
         Finding(elements.chosen, "dtype", note=f"{name} is {x.dtype}")
-        for name, x in _leaves(outputs, given).items()
+        for name, x in leaves_of(outputs, given).items()
         if x.dtype != want[name]
     ]
 

@@ -18,6 +18,7 @@ from pallas_attn.kernels.operands import Operands, Residuals, Wanted
 from pallas_attn.kernels.plan import is_row_constant, Plan, plan
 from pallas_attn.kernels.terms import Field, fields, home, with_fields
 from pallas_attn.kernels.visible import sight
+from pallas_attn.placement.names import named
 
 
 f32 = jnp.float32
@@ -109,9 +110,10 @@ def _forward(
     factors = ops.added.products
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted)
-    out = passes.forward(ops, passes.grains(ops, call, p), call, p)
+    out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
     lse = out["lse"]
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    sums = out["peak"] * call.scale + out["total"] * LN2 if p.large else lse * LN2
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, sums)
     residuals = Residuals(ops, factors, wanted=wanted, **out)
     return (residuals.o, natural), residuals
 
@@ -190,6 +192,8 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
 
     def side_gradient(n: int, side: int) -> Array | None:
         place = wanted.places[n]
+        if place not in (wanted.a, wanted.b)[side]:
+            return None
         g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
         if g is None:
             return None
@@ -202,9 +206,9 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
         (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
     )
     return Operands(
-        rows.get("dq"),
-        cols.get("dk"),
-        cols.get("dv"),
+        rows.get("dq") if wanted.q else None,
+        cols.get("dk") if wanted.k else None,
+        cols.get("dv") if wanted.v else None,
         Added(with_fields(ops.added, grads), sides),
         jax.tree.map(lambda _: None, ops.sight),
     )

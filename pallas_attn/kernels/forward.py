@@ -32,6 +32,7 @@ from pallas_attn.normalizers.softmax import (
     peak,
     relative,
     rescaled,
+    ROOM,
     SPREAD,
 )
 
@@ -75,21 +76,19 @@ def forward_kernel(
     zero = jnp.zeros((t0.bq,), f32)
     state = (zeros(t0.bq, ops.v), zero + lowest(call.scale), zero)
     acc, m, l = w.near_loop(near, state)
-    if not plan.pruned:
-        far = walk.all_far(w.sides)
-
-        def rest(j: Any, side: Any, state: Any) -> Any:
-            return online(at_keys(t0, j, side, edge=veiled), state)
-
-        acc, base, l = far.loop(rest, (acc, m, l))
-    else:
-        # A bound on the scores replaces the running maximum.
+    far = walk.all_far(w.sides)
+    if plan.pruned:
         reach = reach_of(call, q, qs)
         sums = jnp.where(t0.inside_rows(), m * mul + jnp.log2(l), jnp.inf)
         far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
-        # Rare: scores that may spread over 2^200 first get their true maximum, by a
-        # plain loop that costs nothing where it does not run.
-        wide = ~(far.top - jnp.min(m) * mul <= 2 * SPREAD)  # NaN too
+        store_number(out["reach"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
+    if plan.pruned and call.dtype != "float16":
+        # A bound on the scores replaces the running maximum. Not in float16: its
+        # weights end at 2^16, too near for a bound.
+        #
+        # Rare: scores that may spread further first get their true maximum, by a plain
+        # loop that costs nothing where it does not run.
+        wide = ~(far.top - jnp.min(m) * mul <= ROOM + SPREAD)  # NaN too
 
         def find(state: Any) -> Any:
             t, m = state
@@ -97,7 +96,7 @@ def forward_kernel(
             return t + 1, peak(m, x, row)
 
         top = lax.while_loop(lambda s: wide & (s[0] < far.count), find, (i32(0), m))[1]
-        lift = jnp.where(wide, -jnp.inf, far.top - SPREAD)
+        lift = jnp.where(wide, -jnp.inf, far.top - ROOM)
         base = jnp.maximum(top, lift * (1 / mul))
         old = power((m - base) * mul)
 
@@ -109,7 +108,12 @@ def forward_kernel(
             return acc + weighted(t, weights, visible), l + jnp.sum(weights, 1)
 
         acc, l = far.loop(rest, (acc * old[:, None], l * old))
-        store_number(out["reach"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
+    else:
+
+        def rest(j: Any, side: Any, state: Any) -> Any:
+            return online(at_keys(t0, j, side, edge=veiled), state)
+
+        acc, base, l = far.loop(rest, (acc, m, l))
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)

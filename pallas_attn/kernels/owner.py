@@ -36,7 +36,10 @@ def frame_of(call: Call, sight: Sight, b: Any) -> Any:
     found, seed = frame(call, sight, b, number), sight.arrays.seed
     if seed is None:
         return found
-    return replace(found, seed=(number(seed, (i32(0),)), number(seed, (i32(1),))))
+    *lead, count = seed.shape
+    front = (i32(0),) * len(lead)
+    words = tuple(number(seed, (*front, i32(i))) for i in range(count))
+    return replace(found, seed=words)
 
 
 def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:

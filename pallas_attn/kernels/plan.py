@@ -26,7 +26,7 @@ class Plan:
     """The passes of a call. A pass owns each gradient it is listed with, alone."""
 
     pruned: bool
-    large: bool  # scores may be large: an array's -1e9 is an ordinary number
+    large: bool  # no digit may be lost to the size of scores: lse is kept in two
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
@@ -71,7 +71,9 @@ def plan(
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
     forward = Plan(
         pruned=pruned,
-        large=any(span(added, f) and added.terms[f[0]].steep for f in every),
+        # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
+        large=call.dtype != "bfloat16"
+        or any(span(added, f) and added.terms[f[0]].steep for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),

@@ -68,16 +68,23 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; on a known side a number, one per query and one per key."""
+        """|distance|; on a known side a number, one per query and one per key.
+
+        Of one sign, so that none is larger than the distance: nothing cancels.
+        """
+        side = self.side
         if self.sight.arrays.placed:  # -2^31 stands for 2^31 too
             away = self.query_position - self.key_position
             return (jnp.abs(away.astype(f32)),)
-        if isinstance(self.side, int) and not self.side:
+        if isinstance(side, int) and not side:
             return (jnp.abs(self.distance),)
+        # from the nearest pair: the first query and the last key, or the reverse
+        queries = (1 - side) * 0.5 * (self.bq - 1)
+        keys = (1 + side) * 0.5 * (self.bk - 1)
         return (
-            self._start * self.side,
-            self.along_q(_iota(self.bq) * self.side),
-            self.along_k(_iota(self.bk) * -self.side),
+            self._start * side - (queries + keys),
+            self.along_q(_iota(self.bq) * side + queries),
+            self.along_k(_iota(self.bk) * -side + keys),
         )
 
     # What a pass may use.

@@ -64,7 +64,7 @@ class Frame:
     queries: tuple[Any, Any]
     keys: tuple[Any, Any]
     placed: bool = False  # positions are arrays; the offset means nothing
-    seed: tuple[Any, Any] | None = None  # of dropout
+    seed: tuple[Any, ...] | None = None  # of dropout
 
 
 def sight(call: Call, visibility: Visibility) -> Sight:
@@ -82,14 +82,7 @@ def sight(call: Call, visibility: Visibility) -> Sight:
             extremes(visibility.query_positions),
             extremes(visibility.key_positions),
         )
-    mask = visibility.mask
-    if mask is not None and 2**31 <= mask.size < 2**32:
-        # Offsets are 32-bit until an array has 2^32 bytes, as it has with 2 an entry.
-        mask = mask.astype(jnp.int16)
-    arrays = Visibility(
-        **{**vars(visibility), "mask": mask},
-    )
-    return Sight(arrays, segments, positions)
+    return Sight(visibility, segments, positions)
 
 
 def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:

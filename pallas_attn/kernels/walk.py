@@ -73,7 +73,6 @@ class Walk:
     span: tuple[Any, Any]
     near: tuple[Any, Any]
     at: Callable[[Any], Any] | None
-    near_side: int
     sides: tuple[Side, ...]
 
     @property
@@ -83,14 +82,12 @@ class Walk:
         return far + self.near[1] - self.near[0]
 
     def near_loop(self, body: Callable[..., Any], state: Any) -> Any:
-        """Run body(block, side, state) over the near blocks."""
+        """Run body(block, side, state) over the near blocks, of no known side."""
         lo, end = self.near
         if isinstance(lo, int) and isinstance(end, int) and lo == end:
             return state
         at = self.at or (lambda t: t)
-        return lax.fori_loop(
-            i32(lo), i32(end), lambda t, s: body(at(t), self.near_side, s), state
-        )
+        return lax.fori_loop(i32(lo), i32(end), lambda t, s: body(at(t), 0, s), state)
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,6 @@ def over_keys(
         (left_side, right_side),
         low_edge=call.window is not None,
         high_edge=call.window is not None or not divides(bk, frame.keys),
-        near_side=+1 if call.causal else 0,
     )
 
 
@@ -163,7 +159,6 @@ def over_queries(
         (left_side, right_side),
         low_edge=call.window is not None,
         high_edge=call.window is not None or not divides(bq, frame.queries),
-        near_side=+1 if call.causal else 0,
     )
 
 
@@ -176,7 +171,6 @@ def _split(
     side_of: tuple[int | None, int | None],
     low_edge: bool,
     high_edge: bool,
-    near_side: int,
 ) -> Walk:
     """Near and far blocks along an axis cut into blocks.
 
@@ -196,7 +190,7 @@ def _split(
         if not low_edge:
             none = isinstance(whole_last, int) and not high_edge
             near = (0, 0) if none else (whole_last, last)
-            return Walk((first, last), near, None, near_side, (far,))
+            return Walk((first, last), near, None, (far,))
         begin, end, sides, tail = whole_last, last, [far], last
     else:
         before, after = side_of
@@ -220,7 +214,7 @@ def _split(
         low_edge = low_edge and before is not None
         high_edge = high_edge and after is not None
         if not low_edge and not high_edge:
-            return Walk((first, last), (begin, end), None, near_side, tuple(sides))
+            return Walk((first, last), (begin, end), None, tuple(sides))
     low = whole_first - first if low_edge else 0
     high = last - tail if high_edge else 0
 
@@ -230,13 +224,13 @@ def _split(
         return jnp.where(t < end, t, edge)
 
     near = (begin, end + low + high)
-    return Walk((first, last), near, at, near_side, tuple(sides))
+    return Walk((first, last), near, at, tuple(sides))
 
 
 def _all_near(block: int, visited: tuple[Any, Any], hull: Any) -> Walk:
     """Every block is near: arrays alone tell which pairs are visible."""
     near = blocks(block, visited, hull)
-    return Walk(near, near, None, 0, ())
+    return Walk(near, near, None, ())
 
 
 def hull(

@@ -13,6 +13,8 @@ from flax.linen.linear import default_kernel_init
 from jaxtyping import Array, Float, Int
 
 from pallas_attn.api import attended
+from pallas_attn.bias.base import as_bias, Sum
+from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
 from pallas_attn.checks.rules import kind
@@ -20,7 +22,7 @@ from pallas_attn.config import Config
 from pallas_attn.implementations import Implementation
 from pallas_attn.linen.bias import bias_value, BiasContext, read_by
 from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
-from pallas_attn.linen.mask import truth
+from pallas_attn.linen.mask import spoiled, truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.shapes import Sizes
@@ -172,7 +174,9 @@ class MultiHeadAttention(nn.Module):
             inputs_v: [*B, S, features]; None: `inputs_k`.
             inputs_kv: Both, in one argument.
             mask: bool [#B, #N, #T, #S], True where a query may attend, or a number that
-                is 0 where it may not (what `flax.linen.make_causal_mask` makes).
+                is 0 where it may not (what `flax.linen.make_causal_mask` makes). One
+                below 0 is an error, or makes the output NaN where it is traced: what
+                is added to scores is a bias.
             deterministic: No dropout.
             dropout_rng: A key; None: the module's stream "dropout".
             sow_weights: False: weights are never formed.
@@ -221,6 +225,7 @@ class MultiHeadAttention(nn.Module):
             coordinates=(query_coordinates, key_coordinates),
         )
         bias = None if self.bias is None else bias_value("bias", self.bias, context)
+        self._check_fading(bias, mask)
         if self.decode:
             key = cached(self, "cached_key", key, slot)
             value = cached(self, "cached_value", value, slot)
@@ -252,8 +257,12 @@ class MultiHeadAttention(nn.Module):
             config=self.config,
         )
         x = attended(call, return_residual=False)
+        x = spoiled(mask, x)
         if slot is not None:
-            x = jnp.where(slot.homeless[..., None, None], jnp.nan, x)
+            at_home = (~slot.homeless[..., None, None]).astype(x.dtype)
+            x = x * (
+                at_home / at_home
+            )  # 1, or NaN: none is computed where there is none
         return self._out(x, self.out_features or inputs_q.shape[-1])
 
     def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -369,7 +378,23 @@ class MultiHeadAttention(nn.Module):
             key_coordinates=of_keys,
             decode=self.decode,
             slot=slot,
+            layer=self,
         )
+
+    def _check_fading(self, bias: Any, mask: Any) -> None:
+        """Refuses gates under which keys after a query, and they alone, never fade."""
+        value = as_bias(bias)
+        terms = value.terms if isinstance(value, Sum) else (value,)
+        window = self.local_window_size
+        ends = isinstance(window, tuple | list) and window[-1] == 0
+        if self.is_causal or self.decode or ends or mask is not None:
+            return
+        if any(isinstance(term, ForgetGate) for term in terms):
+            raise ValueError(
+                "`bias`: a ForgetGate fades what comes before a query, not what comes "
+                "after; got is_causal=False, no window that ends at the query and no "
+                "mask. Write `MultiHeadAttention(..., is_causal=True)`."
+            )
 
     def _check(self, sow_weights: bool) -> None:
         """Refuses what flax has and no kernel can do, and heads that do not divide."""
@@ -405,6 +430,7 @@ def _inputs(
                 "`inputs_kv` excludes `inputs_k` and `inputs_v`; got both. Give "
                 "`inputs_k` alone."
             )
+        _fits("inputs_kv", kv, "inputs_q", q, q.ndim - 2)
         return kv, kv
     if k is None and v is not None:
         raise ValueError(
@@ -412,7 +438,20 @@ def _inputs(
             "inputs as `inputs_k` to use them for both."
         )
     k = q if k is None else k
-    return k, k if v is None else v
+    v = k if v is None else v
+    _fits("inputs_k", k, "inputs_q", q, q.ndim - 2)
+    _fits("inputs_v", v, "inputs_k", k, k.ndim - 1)
+    return k, v
+
+
+def _fits(name: str, x: Array, other: str, y: Array, shared: int) -> None:
+    """Refuses what is no sequence of inputs, as a mask given by its place."""
+    if x.dtype == bool or x.ndim != y.ndim or x.shape[:shared] != y.shape[:shared]:
+        raise ValueError(
+            f"`{name}` must be floating [*B, S, features], its first {shared} axes "
+            f"those of `{other}`, {y.shape[:shared]}; got {kind(x)}. A mask is given "
+            "by name: `mask=...`."
+        )
 
 
 def _standing(

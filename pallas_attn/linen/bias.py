@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -38,6 +40,7 @@ class BiasContext:
         key_coordinates: Floating [*#B, S, d], or None.
         decode: Whether the layer has a cache.
         slot: Where new tokens go in it; None while it is made.
+        layer: The attention layer, whose keys these are: its cache has what is kept.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -67,6 +70,7 @@ class BiasContext:
     key_coordinates: Float[Array, "*#B S d"] | None = None
     decode: bool = False
     slot: Slot | None = None
+    layer: nn.Module | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -86,15 +90,20 @@ class BiasContext:
     def kept(self, module: nn.Module, name: str, x: Array) -> Array:
         """What a module makes of every key: while decoding, with that of keys before.
 
+        It lies in the cache of the attention layer: a module may serve several.
+
         Args:
             module: The bias module, which is being called.
-            name: Of the variable in the collection "cache".
+            name: Of what is kept; the variable's name has the module's before it.
             x: [*B, S, ...], made of `inputs_kv`: while decoding [*B, T, ...].
 
         Returns:
             [*B, S, ...].
         """
-        return cached(module, name, x, self.slot) if self.decode else x
+        if not self.decode:
+            return x
+        layer = module if self.layer is None else self.layer
+        return cached(layer, _kept_name(layer, module, name), x, self.slot)
 
 
 class BiasModule(nn.Module):
@@ -104,6 +113,11 @@ class BiasModule(nn.Module):
     what `dot_product_attention` takes as a bias. `a + b` is a module too, of the sum;
     bias values may be among its terms. `reads` names the optional inputs that it takes
     from the layer's call: "pair", "coordinates".
+
+    Its parameters lie where flax puts those of any module: made outside of modules, or
+    as a field of the layer's parent, in the layer that has it, `params[layer]["bias"]`;
+    made in a parent's `@nn.compact` method, beside the layer, under its own `name`
+    ("ALiBi_0" if it has none: give it one). One module may serve several layers.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -164,8 +178,19 @@ def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
         TypeError: if it is neither.
     """
     if isinstance(bias, BiasModule):
-        return bias(context)
-    if isinstance(bias, nn.Module | type | list | tuple | FunctionType):
+        made = bias(context)
+        if not isinstance(made, Bias | np.ndarray | jax.Array | None):
+            raise TypeError(
+                f"`{name}`, {kind(bias)}, must return a bias value or an array; got "
+                f"{kind(made)}."
+            )
+        return made
+    if isinstance(bias, list | tuple):  # flax makes tuples of lists
+        raise TypeError(
+            f"`{name}` must be one bias; got several, in a list or tuple. Add them: "
+            "`a + b`."
+        )
+    if isinstance(bias, nn.Module | type | FunctionType):
         raise TypeError(
             f"`{name}` must be a bias; got {kind(bias)}. Give a bias value, an array, "
             "a bias module (a BiasModule), or a sum of them, `a + b`."
@@ -257,6 +282,13 @@ def at_positions(
         head = jnp.broadcast_to(head, inside.shape)
         found = table.at[inside, head].get(mode="fill", fill_value=jnp.nan)
     return jnp.moveaxis(found, positions.ndim - 2, positions.ndim - 1)
+
+
+def _kept_name(layer: nn.Module, module: nn.Module, name: str) -> str:
+    """A name in the layer's cache that no other module takes."""
+    own, path = layer.path, module.path
+    below = path[len(own) :] if path[: len(own)] == own else path
+    return "_".join((*below, name))
 
 
 def _terms(x: Any) -> tuple[Any, ...]:

@@ -17,7 +17,8 @@ class ForgetGate(BiasModule):
     """Forgetting attention: gates f_jn = sigmoid(w_n . x_j + c_n) from the keys' input.
 
     b_ij is the sum of log f over the positions after j up to i: the product of the
-    gates between them multiplies the weight. While decoding the log gates are cached.
+    gates between them multiplies the weight. While decoding the log gates are cached,
+    by each layer its own. The layer is causal: keys after a query would never fade.
 
     Args:
         kernel_init: Of w, the parameter "gate" [features, N].

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_attn.flax_state import serializable
 from pallas_attn.normalizers.softmax import LOG2E
 
 
@@ -51,8 +52,8 @@ class Entmax:
     p_j = max(0, (alpha - 1) t_j - tau)^(1 / (alpha - 1)), tau such that sum p = 1.
 
     Args:
-        alpha: 1 <= alpha <= 2: 1 is softmax, 2 sparsemax. A Python float; or float32
-            [N], one per head, with a gradient.
+        alpha: 1 <= alpha <= 2: 1 is softmax, 2 sparsemax. A Python float, static
+            under `jit`; or float32 [N], one per head, a leaf with a gradient.
         top_k: Keep the top_k >= 1 largest visible scores of each query (bias included;
             of equal ones those of the lower key index). None: all of them.
 
@@ -76,16 +77,29 @@ class Entmax:
     alpha: float | Float[Array, " N"] = 1.5
     top_k: int | None = None
 
+    # Whether a tree with alpha as a leaf was unflattened into this.
+    _mapped: ClassVar[bool] = False
+
+
+# A pytree has one leaf, alpha, unless that is a Python float, which is static: `jit`
+# compiles for its value. An int is a leaf, so that trees of axes, bools and labels
+# have the structure of what they are mapped over, and so is whatever came to stand
+# where an array alpha stood, a float among them.
+
 
 def _flatten(x: Entmax) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    if isinstance(x.alpha, int | float):
+    if isinstance(x.alpha, float) and not x._mapped:
         return (), (x.alpha, x.top_k)
     return (x.alpha,), (None, x.top_k)
 
 
 def _unflatten(static: tuple[Any, ...], data: Iterable[Any]) -> Entmax:
     alpha, top_k = static
-    return Entmax(next(iter(data), alpha), top_k)
+    if alpha is not None:
+        return Entmax(alpha, top_k)
+    mapped = Entmax(*data, top_k)
+    object.__setattr__(mapped, "_mapped", True)
+    return mapped
 
 
 def _flatten_with_keys(x: Entmax) -> tuple[Any, tuple[Any, ...]]:
@@ -97,6 +111,7 @@ def _flatten_with_keys(x: Entmax) -> tuple[Any, tuple[Any, ...]]:
 jax.tree_util.register_pytree_with_keys(
     Entmax, _flatten_with_keys, _unflatten, _flatten
 )
+serializable(Entmax, ["alpha"])
 
 
 class Functions(NamedTuple):

@@ -18,9 +18,10 @@ from pallas_attn.call import NO_WEIGHT
 
 LOG2E = math.log2(math.e)
 
-# Scores may lie this far (in log2) below a bound on them before 2^(score - bound) is
-# too coarse, and the true maximum is found first.
-SPREAD = 100.0
+# Where a bound on scores (in log2) takes the place of their maximum: weights reach
+# 2^ROOM, so that their sums with values of 2^50 stay finite, and a row's largest score
+# may lie SPREAD below what weights count from; else its true maximum is found first.
+ROOM, SPREAD = 60.0, 100.0
 
 Exp2 = Callable[[jax.Array], jax.Array]
 

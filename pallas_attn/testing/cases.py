@@ -283,7 +283,7 @@ def _packed(key: Array, s: Shape) -> dict[str, Any]:
     ids = _segments(key, s)
 
     def within(ids: Array) -> Array:
-        here = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        here = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
         new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
         return here - jax.lax.cummax(jnp.where(new, here, 0), axis=1)
 
@@ -365,7 +365,6 @@ SITUATIONS: dict[str, Situation] = {
     ),
     "segments": Situation(sample=_segments),
     "causal segments": Situation(sample=_together(_segments, _causal)),
-    "packed": Situation(sample=_together(_packed, _causal)),
     "positions shuffled": Situation(sample=_together(_positions(""), _causal)),
     "positions gappy": Situation(
         sample=_together(_positions("B", 4), _settings(local_window_size=(20, 5)))
@@ -396,6 +395,7 @@ SITUATIONS: dict[str, Situation] = {
             _settings(is_causal=True, logits_soft_cap=1.5, scale=0.4),
         ),
     ),
+    "packed": Situation(sample=_together(_packed, _causal)),
 }
 
 

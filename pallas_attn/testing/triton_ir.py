@@ -97,6 +97,27 @@ def accumulated(ttir: str) -> frozenset[int]:
     return _arguments(ttir, table, found)
 
 
+def offset_bits(ttir: str) -> dict[int, int]:
+    """The fewest bits that offsets into each argument have, by its place."""
+    owners = _places(ttir)  # whose address a value is
+    bits: dict[int, int] = {}
+    for line in ttir.splitlines():
+        code = line.split(" loc(")[0]
+        found = re.match(r"\s*(%\w+) = ([\w.]+) (%\w+)?", code)
+        if found is None:
+            continue
+        result, name, source = found.groups()
+        owner = owners.get(source) if name.startswith("tt.") else None
+        owners.pop(result, None)  # regions beside each other share names
+        if owner is None or name == "tt.load":
+            continue
+        owners[result] = owner
+        width = re.search(r"i(\d+)>?$", code)
+        if name == "tt.addptr" and width is not None:
+            bits[owner] = min(bits.get(owner, 64), int(width.group(1)))
+    return bits
+
+
 def _loads_behind(
     value: str, table: dict[str, Operation], found: list[Operation]
 ) -> None:
@@ -120,12 +141,7 @@ def _arguments(
     text: str, table: dict[str, Operation], reads: list[Operation]
 ) -> frozenset[int]:
     """The kernel's pointer arguments behind the addresses of `reads`."""
-    signature = re.search(r"tt\.func [^\n]*", text)
-    assert signature is not None
-    places = {
-        name: place
-        for place, name in enumerate(re.findall(r"(%\w+): ", signature.group()))
-    }
+    places = _places(text)
     pending = [x.operands[0] for x in reads]
     seen: set[str] = set()
     while pending:
@@ -138,3 +154,11 @@ def _arguments(
         if operation is not None and operation.name != "tt.load":
             pending.extend(operation.operands)
     return frozenset(places[x] for x in seen if x in places)
+
+
+def _places(text: str) -> dict[str, int]:
+    """The arguments' places by their names."""
+    signature = re.search(r"tt\.func [^\n]*", text)
+    assert signature is not None
+    names = re.findall(r"(%\w+): ", signature.group())
+    return {name: place for place, name in enumerate(names)}

@@ -200,12 +200,14 @@ def _attend(
 
     q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
     unknown = ~jnp.isfinite(q).all(3, keepdims=True)
+    # 0, or NaN of NaN: no NaN is computed where there is none
+    poison = lax.stop_gradient((q * 0).sum(3, keepdims=True))
     q = jnp.where(unknown, 0, q).reshape(call.B, call.K, -1, call.H)
     pairs = (call.B, call.N, call.T, call.S)
     scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
     # a row's NaN meets its scores here, behind the cap's derivative: a product would
     # spread it over gradients of keys even where a bias hides all of the row
-    scores = capped(scores, call) + jnp.where(unknown, jnp.nan, 0)
+    scores = capped(scores, call) + poison
 
     queries, keys = visibility.query_positions, visibility.key_positions
     assert queries is not None

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_attn.bias.base import Added, Bias, homes
 from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.placement.letters import FIELDS
 
 
 # Scores of a chunk: small enough to stay in a CPU's cache, large enough to keep a
@@ -25,9 +26,6 @@ MOST_ROWS, LEAST_ROWS = 256, 32
 # is a loop of its own: more groups save more work and cost more compilation and, in a
 # backward, one more set of key gradients.
 GROUPS = 4
-
-# The axes of a field with each home.
-AXES = {"head": "BN", "query": "BTN", "key": "BSN", "pair": "BNTS"}
 
 Place = Mapping[str, tuple[Any, int]]  # letter of an axis -> (start, size)
 
@@ -147,13 +145,14 @@ def cut_added(added: Added, place: Place) -> Added:
         dataclasses.replace(
             term,
             **{
-                n: cut(getattr(term, n), AXES[h], place) for n, h in homes(term).items()
+                n: cut(getattr(term, n), FIELDS[h], place)
+                for n, h in homes(term).items()
             },
         )
         for term in added.terms
     )
     products = tuple(
-        (cut(a, AXES["query"], place), cut(b, AXES["key"], place))
+        (cut(a, FIELDS["query"], place), cut(b, FIELDS["key"], place))
         for a, b in added.products
     )
     return Added(terms, products)

@@ -24,6 +24,7 @@ from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.passes import PRE_PASS
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
 from pallas_attn.kernels.visible import GRAIN, sight
+from pallas_attn.placement.names import named
 
 
 f32 = jnp.float32
@@ -54,19 +55,19 @@ def visited_blocks(
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
     ops = Operands(query, key, value, bias.slopes, sight(call, visibility))
-    _, res = _forward(ops, call)
+    _, res = _forward(ops, call, graded=True)
     out = _passes(res, jnp.zeros_like(res.o), None, call)
 
     return share(res.visits), share(out["rows"]["visits"]), share(out["cols"]["visits"])
 
 
 def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
-    return _forward(ops, call)[0]
+    return _forward(ops, call, graded=False)[0]
 
 
 def _attend_fwd(ops: Any, call: Call) -> Any:
     values = jax.tree.map(lambda x: x.value, ops)
-    return _forward(values, call)
+    return _forward(values, call, graded=True)
 
 
 def _attend_bwd(call: Call, res: Residuals, cotangents: Any) -> Any:
@@ -94,8 +95,10 @@ _attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-def _forward(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]:
-    """((output, lse), residuals)."""
+def _forward(
+    ops: Operands, call: Call, graded: bool
+) -> tuple[tuple[Array, Array], Residuals]:
+    """((output, lse), residuals); graded: a backward pass follows."""
     p = plan(call)
     shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, [], ops.sight)
@@ -115,7 +118,17 @@ def _forward(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]
     }
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, norms, ones)
-    out = launch(forward_kernel, grid.shape, inputs, outputs, call, p.forward, plan=p)
+    out = launch(
+        forward_kernel,
+        grid.shape,
+        inputs,
+        outputs,
+        call,
+        p.forward,
+        plan=p,
+        graded=graded,
+    )
+    out = named(out)
     lse = out["lse"]
     natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
     return (out["o"], natural), Residuals(ops, **out)

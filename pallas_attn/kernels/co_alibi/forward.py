@@ -27,7 +27,8 @@ from pallas_attn.normalizers.softmax import LOG2E, lowest
 f32 = jnp.float32
 i32 = jnp.int32
 
-# Keys left out weigh less than 2^-24 of their row.
+# Keys left out weigh less than 2^-24 of their row; and what all rows leave out of one
+# key is less than 2^-24 of one row's weight.
 BITS = 24
 # Of the blocks that the bound predicts, the share to go before it is asked again.
 EVERY = 0.9
@@ -43,9 +44,11 @@ def forward_kernel(
     *,
     call: Call,
     plan: Plan,
+    graded: bool,
 ) -> None:
     """Output, log2-sum, sum of gates and first key block of one query block.
 
+    graded: a backward pass follows, which sums over queries what this one leaves out.
     The state is (acc, u, l, z): z the gates of the keys so far and u a reference, so
     that the exponents of the next tile count from u + falls z.
     """
@@ -85,7 +88,7 @@ def forward_kernel(
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
     whole = i32(at.hi) - i32(at.lo)
-    limit = Limit(t0, ops, norms, q, slope, at)
+    limit = Limit(t0, ops, norms, q, slope, at, columns=graded)
     left, state = bounded(limit, whole, veiled, leftwards, state)
     first = i32(at.lo) + left
     if call.window is not None and not veiled:
@@ -123,10 +126,22 @@ class Limit:
     (a Riemann sum under its integral), and also <= S exp(U - m z0). It holds for any
     input; for a slope below 0, or where a key, value or query is not finite, it says
     nothing.
+
+    Of one key the rows of a block leave out at most the sum of their exp(s - m z) / l.
+    It is in its own z, so that s - m z <= U - m z0 - min(m, 4) / (1 + exp -U): the
+    derivative of a sigmoid is at most 1/4. A block may leave out its share of what all
+    blocks may. Where no gradient is wanted, nobody sums over rows.
     """
 
     def __init__(
-        self, t: Tile, ops: Operands, norms: Any, q: jax.Array, slope: Slope, at: Any
+        self,
+        t: Tile,
+        ops: Operands,
+        norms: Any,
+        q: jax.Array,
+        slope: Slope,
+        at: Any,
+        columns: bool,
     ) -> None:
         """For the queries of t; norms [B, K, grains], NaN where not finite."""
         self.call = call = t.call
@@ -142,19 +157,27 @@ class Limit:
         self.reach = self.reach * (call.scale * LOG2E)
         self.inside = t.inside_rows()
         self.most = math.log2(call.S)
+        self.blocks = math.log2(-(-call.T // t.bq)) if columns else None
         # Exponents that weights may take before they are rounded for the product.
         self.room = 15.0 if call.dtype == "float16" else 100.0
 
     def bound(self, left: Any, state: Any) -> tuple[jax.Array, jax.Array]:
-        """(log2 bound on a weight to come, excess of all that is left), [queries]."""
+        """(log2 bound on a weight to come, excess of what is left), [queries]."""
         _, u, l, z = state
         m = self.slope.falls
         norm = jnp.max(jnp.where(self.block < self.lo + left, self.norm, 0.0))
         reach = self.reach * norm
         top = jnp.where(self.slope.m >= 0, reach - m * z[0], jnp.inf)
         tail = jnp.log2(1 + jnp.exp2(-reach)) - jnp.log2(jnp.maximum(m / LOG2E, 1e-30))
-        excess = top + jnp.minimum(self.most, tail) + BITS - (u + jnp.log2(l))
-        return top, jnp.where(self.inside, excess, -jnp.inf)
+        one = jnp.where(self.inside, top + BITS - (u + jnp.log2(l)), -1e30)
+        one = jnp.where(one < 1e30, one, 1e30)  # NaN too, which a maximum would drop
+        excess = one + jnp.minimum(self.most, tail)
+        if self.blocks is not None:
+            one = one - jnp.minimum(m, 4 * LOG2E) / (1 + jnp.exp2(-reach))
+            largest = jnp.max(one)
+            column = largest + jnp.log2(jnp.sum(jnp.exp2(one - largest)))
+            excess = jnp.maximum(excess, column + self.blocks)
+        return top, excess
 
     def ahead(self, left: Any, excess: jax.Array, rate: jax.Array) -> jax.Array:
         """How many blocks to go before asking again; 0 where the rest is nothing.

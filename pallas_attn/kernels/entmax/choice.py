@@ -25,6 +25,7 @@ from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.plan import Plan, plan
 from pallas_attn.kernels.visible import sight
 from pallas_attn.normalizers.entmax import Learned, Power, takes_power
+from pallas_attn.placement.names import named
 
 
 f32 = jnp.float32
@@ -64,6 +65,7 @@ def forward(
     else:
         found = lists.select(ops, alpha, call, p)
         o, m, level, tiles = _taken(ops, alpha, found, call, p)
+    o, m, level, tiles, found = named((o, m, level, tiles, found))
     tau = _threshold_of(alpha, m, level, call)
     res = Residuals(
         ops, factors, alpha, m, level, tiles, found, wanted, wants_alpha=wants_alpha

@@ -210,7 +210,8 @@ def list_rows_kernel(
             k, slope = t.keys(ops.k), None
             if q is not None:
                 _, slope = capped(call, jnp.sum(q * k, 2))
-            dqk = ds if slope is None else ds * slope
+            # Without a pair the slope may be NaN, of a query that sees no key.
+            dqk = ds if slope is None else jnp.where(t.ok, ds * slope, 0.0)
             if "dqk" in out:
                 put_listed(t0, out["dqk"], first, dqk, t.ok)
             if "dq" in state:

@@ -1,0 +1,420 @@
+"""Under automatic sharding: each device runs kernels on its batch entries and heads.
+
+XLA cannot look into a kernel and would gather its operands. So the forward and the
+backward of a call are one custom-partitioned function each: what is sharded by batch
+and heads stays so, all else is whole on each device, and gradients of what devices
+share are summed over them. On one device, and under `vmap`, nothing of this remains.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import NamedSharding
+
+from pallas_attn.call import Call
+from pallas_attn.placement.explicit import Layout, Names, part
+from pallas_attn.placement.letters import axes_of, leaves
+from pallas_attn.placement.names import named
+from pallas_attn.placement.once import once
+
+
+# What a result of so many axes is: shares, a residual, an output.
+RESULTS = {2: "BN", 3: "BTN", 4: "BTNh"}
+
+# A call is traced with so many times the entries and heads to see which axes follow.
+ENTRIES, HEADS = 3, 5
+
+# (the layout of a device's part, or None for the whole; arrays) -> arrays
+Run = Callable[..., tuple[Any, ...]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(function: Any, call: Call, arrays: list[Any]) -> tuple[Any, ...]:
+    """The results of function(*arrays, call), partitioned by batch and heads."""
+    flat, tree = jax.tree.flatten(arrays)
+
+    def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
+        mine, small = _part(jax.tree.unflatten(tree, flat), call, layout)
+        return tuple(function(*mine, small))
+
+    letters = letters_of(arrays)
+    shapes = jax.eval_shape(functools.partial(run, None), *flat)
+    made = [RESULTS[x.ndim] for x in shapes]
+    return named(partitioned(run, call, flat, letters, shapes, made))
+
+
+def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
+    arrays = jax.tree.map(lambda x: x.value, marked)
+    flat, tree = jax.tree.flatten(arrays)
+    asked = tuple(bool(x) for x in jax.tree.leaves(_asked(marked)))
+    letters = letters_of(arrays)
+    pulled = Pulled(function, tree, asked)
+
+    whole, found = pulled.traced(call, None, flat)
+    outs, places = _distinct(whole.jaxpr, len(flat))
+    results = [whole.out_avals[i] for i in outs]
+    count = len(whole.out_avals) - found.size
+    made = pulled.letters(call, flat, letters, results, outs, count)
+    scalar = [not x.shape for x in results]
+
+    def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
+        if layout is None:
+            every, size = jaxpr_as_fun(whole)(*flat), call
+        else:
+            every, size = pulled.run(call, layout, flat)[0], _small(call, layout)
+        boxed = (
+            jnp.broadcast_to(every[i], (size.B, size.N)) if s else every[i]
+            for i, s in zip(outs, scalar, strict=True)
+        )
+        return tuple(boxed)
+
+    shapes = [
+        jax.ShapeDtypeStruct((call.B, call.N) if s else x.shape, x.dtype)
+        for x, s in zip(results, scalar, strict=True)
+    ]
+    values = named(partitioned(run, call, flat, letters, shapes, made))
+    pool, pool_letters = (*flat, *values), (*letters, *made)
+    kept = [pool[i] for i in places[count:]]
+    back = Back(
+        pulled,
+        call,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat),
+        letters,
+        found.tree,
+        tuple(pool_letters[i] for i in places[count:]),
+        tuple(not whole.out_avals[i].shape for i in range(count, len(places))),
+    )
+    returned = tuple(pool[i] for i in places[:count])
+    return returned, jax.tree_util.Partial(back, kept)
+
+
+def _backward(function: Any, call: Call, kept: Any, cotangents: Any) -> Any:
+    del function, call
+    return (kept(cotangents),)
+
+
+attend.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The structure of a function that pulls cotangents back, its arrays apart."""
+
+    tree: Any
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """A function of flat arrays that also keeps what its derivative reads.
+
+    asked: of each array, whether its gradient is asked for.
+    """
+
+    function: Any
+    tree: Any
+    asked: tuple[bool, ...]
+
+    def run(
+        self, call: Call, layout: Layout | None, flat: Sequence[Any]
+    ) -> tuple[tuple[Any, ...], Found]:
+        """(results, then all that the derivative reads), and the latter's structure."""
+        wanted = [x for x, a in zip(flat, self.asked, strict=True) if a]
+
+        def of(wanted: list[Any]) -> tuple[Any, ...]:
+            left = iter(wanted)
+            mixed = [
+                next(left) if a else x for x, a in zip(flat, self.asked, strict=True)
+            ]
+            mine, small = _part(jax.tree.unflatten(self.tree, mixed), call, layout)
+            return tuple(self.function(*mine, small))
+
+        outs, pull = jax.vjp(of, wanted)
+        kept, tree = jax.tree.flatten(pull)
+        return (*outs, *map(jnp.asarray, kept)), Found(tree, len(kept))
+
+    def traced(
+        self, call: Call, layout: Layout | None, flat: Sequence[Any]
+    ) -> tuple[Any, Found]:
+        """The jaxpr of `run`, and what it found."""
+        seen: list[Found] = []
+
+        def f(*flat: Any) -> Any:
+            values, found = self.run(call, layout, flat)
+            seen.append(found)
+            return values
+
+        return jax.make_jaxpr(f)(*flat), seen[-1]
+
+    def letters(
+        self,
+        call: Call,
+        flat: Sequence[Any],
+        letters: Sequence[str],
+        results: Sequence[Any],
+        places: Sequence[int],
+        count: int,
+    ) -> list[str]:
+        """The letters of results at some places, by the axes that follow the call's."""
+        more = {"B": ENTRIES if call.B > 1 else 1, "N": HEADS}
+        more["K"] = HEADS if call.K > 1 else 1
+        large = replace(
+            call, B=call.B * more["B"], N=call.N * HEADS, K=call.K * more["K"]
+        )
+
+        def grown(x: Any, letters: str) -> jax.ShapeDtypeStruct:
+            shape = [
+                n * more.get(a, 1) if n > 1 else n
+                for n, a in zip(x.shape, letters, strict=False)
+            ]
+            return jax.ShapeDtypeStruct((*shape, *x.shape[len(shape) :]), x.dtype)
+
+        # one head alone: its arrays that have one of each are no longer shared
+        if call.N == 1:
+            large, more = replace(large, N=call.N, K=call.K), {**more, "N": 1, "K": 1}
+        inputs = [grown(x, a) for x, a in zip(flat, letters, strict=True)]
+        values = jax.eval_shape(lambda *x: self.run(large, None, x)[0], *inputs)
+
+        def follows(before: int, after: int) -> str:
+            if after == before:
+                return "_"
+            if after == before * ENTRIES and before == call.B:
+                return "B"
+            assert after == before * HEADS, (before, after)
+            return "N" if before == call.N else "K"
+
+        made = []
+        for i, x in zip(places, results, strict=True):
+            if not x.shape:
+                made.append("BN")
+                continue
+            axes = zip(x.shape, values[i].shape, strict=True)
+            made.append("".join(follows(*sizes) for sizes in axes))
+        del count
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class Back:
+    """The backward of a call: what it kept and cotangents in, gradients out."""
+
+    pulled: Pulled
+    call: Call
+    inputs: tuple[Any, ...]
+    letters: Sequence[str]
+    tree: Any  # of the whole's pullback
+    kept: tuple[str, ...]  # letters
+    scalar: tuple[bool, ...]  # kept as [B, N]
+
+    def __call__(self, kept: Sequence[Any], cotangents: Any) -> Any:
+        """The gradient of every array; None where nobody asked."""
+        given = [
+            jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(x, SymbolicZero) else x
+            for x in cotangents
+        ]
+        asked = [i for i, a in enumerate(self.pulled.asked) if a]
+        flat = [
+            jnp.broadcast_to(x, (self.call.B, self.call.N)) if x.ndim == 0 else x
+            for x in kept
+        ]
+        letters = (*self.kept, *(RESULTS[x.ndim] for x in given))
+        grads = partitioned(
+            self.run,
+            self.call,
+            [*flat, *given],
+            letters,
+            [self.inputs[i] for i in asked],
+            [self.letters[i] for i in asked],
+        )
+        every: list[Any] = [None] * len(self.inputs)
+        for i, g in zip(asked, grads, strict=True):
+            every[i] = g
+        return jax.tree.unflatten(self.pulled.tree, every)
+
+    def run(self, layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
+        """The gradients asked for."""
+        kept, cotangents = flat[: len(self.kept)], flat[len(self.kept) :]
+        kept = [x[0, 0] if s else x for x, s in zip(kept, self.scalar, strict=True)]
+        tree = self.tree if layout is None else self._tree_of(layout)
+        (grads,) = jax.tree.unflatten(tree, kept)(tuple(cotangents))
+        if layout is None:
+            return tuple(grads)
+        asked = [i for i, a in enumerate(self.pulled.asked) if a]
+        return tuple(
+            _summed(g, layout, layout.spec(self.letters[i], self.inputs[i].shape))
+            for i, g in zip(asked, grads, strict=True)
+        )
+
+    def _tree_of(self, layout: Layout) -> Any:
+        """The structure of the pullback of a device's part."""
+        mine = [
+            jax.ShapeDtypeStruct(_local(x.shape, layout, letters), x.dtype)
+            for x, letters in zip(self.inputs, self.letters, strict=True)
+        ]
+        _, found = self.pulled.traced(self.call, layout, mine)
+        assert found.size == len(self.kept)
+        return found.tree
+
+
+def letters_of(arrays: list[Any]) -> list[str]:
+    """The letters of every array of a call."""
+    return [axes.letters for _, axes in leaves(arrays, axes_of(arrays))]
+
+
+def partitioned(
+    run: Run,
+    call: Call,
+    flat: Sequence[Any],
+    letters: Sequence[str],
+    results: Sequence[Any],
+    made: Sequence[str],
+) -> tuple[Any, ...]:
+    """The results of run(None, *flat), or on each device of its part of the arrays.
+
+    Args:
+        run: (layout, arrays) -> arrays.
+        call: The whole call.
+        flat: The arrays.
+        letters: Of each of them; sharded along B, N and K.
+        results: Shapes of what is made.
+        made: Letters of what is made.
+    """
+    whole = functools.partial(run, None)
+    split = custom_partitioning(lambda *flat: whole(*flat))
+
+    def shardings(mesh: Any, args: Any) -> tuple[Layout, Any, Any]:
+        layout = _layout(mesh, args, letters, call)
+        place = lambda axes, x: NamedSharding(mesh, layout.spec(axes, x.shape))
+        return (
+            layout,
+            tuple(map(place, made, results)),
+            tuple(map(place, letters, args)),
+        )
+
+    def partition(mesh: Any, args: Any, results: Any) -> Any:
+        layout, after, before = shardings(mesh, args)
+        return mesh, functools.partial(run, layout), after, before
+
+    rule, sizes, alone = _rule(call, flat, letters, results, made)
+    split.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[1],
+        sharding_rule=rule,
+        need_replication_factors=alone,
+        **sizes,
+    )
+    mapped: Any = custom_vmap(lambda *flat: split(*flat))
+
+    @mapped.def_vmap
+    def _(size: int, batched: Sequence[bool], *flat: Any) -> Any:
+        del size
+        axes = tuple(0 if b else None for b in batched)
+        made = jax.vmap(whole, axes)(*flat)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return once(mapped)(*flat)
+
+
+def _rule(
+    call: Call,
+    flat: Sequence[Any],
+    letters: Sequence[str],
+    results: Sequence[Any],
+    made: Sequence[str],
+) -> tuple[str, dict[str, int], tuple[str, ...]]:
+    """Which axes are sharded alike, as Shardy writes it; all others are whole."""
+    alone: list[str] = []
+
+    def factor(letter: str, size: int) -> str:
+        if size > 1 and letter == "B":
+            return "b"
+        if size > 1 and letter == "K":
+            return "k"
+        if size > 1 and letter == "N":
+            return "k" if call.G == 1 else "g" if call.K == 1 else "(k g)"
+        alone.append(f"x{len(alone)}")
+        return alone[-1]
+
+    def axes(x: Any, letters: str) -> str:
+        padded = letters.ljust(len(x.shape), "_")
+        return " ".join(map(factor, padded, x.shape))
+
+    left = ", ".join(map(axes, flat, letters))
+    right = ", ".join(map(axes, results, made))
+    sizes = {"g": call.G} if call.G > 1 and call.K > 1 else {}
+    return f"{left} -> {right}", sizes, tuple(alone)
+
+
+def _layout(mesh: Any, args: Any, letters: Sequence[str], call: Call) -> Layout:
+    """Over which axes of a mesh batch and heads lie, as the first sharded array has it.
+
+    Only as many as divide them evenly; heads only as far as key heads do.
+    """
+    found: dict[str, Names] = {"B": (), "N": ()}
+    for x, axes in zip(args, letters, strict=True):
+        spec = getattr(x.sharding, "spec", ())
+        for letter, entry in zip(axes, spec, strict=False):
+            if entry is not None and letter in found and not found[letter]:
+                found[letter] = entry if isinstance(entry, tuple) else (entry,)
+
+    def fitting(names: Names, *sizes: int) -> Names:
+        while any(n % Layout(mesh, names, ()).entries for n in sizes):
+            names = names[:-1]
+        return names
+
+    batch = fitting(found["B"], call.B)
+    heads = tuple(a for a in found["N"] if a not in batch)
+    return Layout(mesh, batch, fitting(heads, call.N, *([call.K] * (call.K > 1))))
+
+
+def _part(arrays: Any, call: Call, layout: Layout | None) -> tuple[list[Any], Call]:
+    return (arrays, call) if layout is None else part(arrays, call, layout)
+
+
+def _small(call: Call, layout: Layout) -> Call:
+    return replace(call, B=call.B // layout.entries, N=call.N // layout.groups)
+
+
+def _local(shape: Sequence[int], layout: Layout, letters: str) -> tuple[int, ...]:
+    spec = layout.spec(letters, tuple(shape))
+    parts = [Layout(layout.mesh, names or (), ()).entries for names in spec]
+    parts += [1] * (len(shape) - len(parts))
+    return tuple(n // p for n, p in zip(shape, parts, strict=True))
+
+
+def _summed(g: Any, layout: Layout, spec: Any) -> Any:
+    """A gradient, summed over the devices that share its array."""
+    used = {name for names in spec for name in names or ()}
+    shared = tuple(a for a in (*layout.batch, *layout.heads) if a not in used)
+    return lax.psum(g, shared) if shared else g
+
+
+def _asked(marked: Any) -> Any:
+    return jax.tree.map(lambda x: x.perturbed, marked)
+
+
+def _distinct(jaxpr: Any, inputs: int) -> tuple[list[int], list[int]]:
+    """Results of a jaxpr that are no input and no other result, by their places.
+
+    And where each result is found: among the inputs, or after them among those.
+    """
+    known = {id(x): i for i, x in enumerate(jaxpr.invars)}
+    outs: list[int] = []
+    places = []
+    for i, x in enumerate(jaxpr.outvars):
+        if id(x) not in known:
+            known[id(x)] = inputs + len(outs)
+            outs.append(i)
+        places.append(known[id(x)])
+    return outs, places

@@ -1,0 +1,174 @@
+"""On a mesh with explicit axes: each device attends to its batch entries and heads.
+
+Types say how arrays are sharded. Where batch or heads are, the call runs inside
+`jax.shard_map`, everything that is not along these axes whole on each device: no
+collective but the sum of gradients of what devices share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_attn.call import Call
+from pallas_attn.dropout import seed_of_all
+from pallas_attn.placement.letters import Axes, axes_of, leaves, mapped
+from pallas_attn.placement.varying import lifted
+
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, and its axes over which batch entries and heads lie; () for neither."""
+
+    mesh: Any
+    batch: Names
+    heads: Names
+
+    @property
+    def entries(self) -> int:
+        """Over how many parts the batch lies."""
+        return math.prod(self.mesh.shape[a] for a in self.batch)
+
+    @property
+    def groups(self) -> int:
+        """Over how many parts the heads lie."""
+        return math.prod(self.mesh.shape[a] for a in self.heads)
+
+    def spec(self, letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """How an array lies; what has size 1 is shared."""
+
+        def names(letter: str, size: int) -> Names | None:
+            if letter == "B" and size > 1:
+                return self.batch or None
+            if letter == "N" and size > 1:
+                return self.heads or None
+            if letter == "K" and size % self.groups == 0:
+                return self.heads or None
+            return None
+
+        return PartitionSpec(*map(names, letters, shape))
+
+
+def layout_of(arrays: list[Any]) -> Layout | None:
+    """How a call lies on an explicit mesh; None: on none, or whole on each device.
+
+    Raises:
+        ValueError: if an array is sharded otherwise than by batch and heads.
+    """
+    mesh: Any = None
+    found: dict[str, tuple[Names, str]] = {}
+    for x, axes in leaves(arrays, axes_of(arrays)):
+        sharding: Any = jax.typeof(x).sharding
+        for letter, entry in zip(axes.letters, sharding.spec, strict=False):
+            names = entry if isinstance(entry, tuple) else (entry,)
+            if entry is None or not names:
+                continue
+            mesh = sharding.mesh
+            _only_batch_and_heads(axes, letter, names)
+            side = "B" if letter == "B" else "N"
+            before, by = found.setdefault(side, (names, axes.name))
+            if before != names:
+                raise ValueError(
+                    f"`{axes.name}` must be sharded as `{by}` is, {letter} over "
+                    f"{before}; got {names}. Use jax.reshard on one of them."
+                )
+    if mesh is None:
+        return None
+    none: tuple[Names, str] = ((), "")
+    return Layout(mesh, found.get("B", none)[0], found.get("N", none)[0])
+
+
+def _only_batch_and_heads(axes: Axes, letter: str, names: Names) -> None:
+    if letter in "BNK":
+        return
+    ways = "gather that axis with jax.reshard"
+    if letter == "T":
+        ways += (
+            ", or call inside jax.shard_map with `query_offset` (or `query_positions`) "
+            "saying where each shard's queries stand"
+        )
+    raise ValueError(
+        f"`{axes.name}` must be sharded along batch and heads only, [{axes.letters}]; "
+        f"got {letter} over {names}. To run it, {ways}."
+    )
+
+
+def spread(
+    function: Callable[..., Any], arrays: list[Any], call: Call, layout: Layout
+) -> tuple[Any, ...]:
+    """The results of function(*arrays, call), each device its batch entries and heads.
+
+    Results have the letters [B, T, N, ..] or, of two axes, [B, N].
+    """
+    arrays = counted(arrays, call)
+    axes = axes_of(arrays)
+    specs = mapped(lambda x, a: layout.spec(a.letters, x.shape), arrays, axes)
+    arrays = jax.tree.map(
+        lambda x, spec: jax.reshard(x, NamedSharding(layout.mesh, spec)), arrays, specs
+    )
+    explicit = {
+        name
+        for name, kind in zip(
+            layout.mesh.axis_names, layout.mesh.axis_types, strict=True
+        )
+        if kind == AxisType.Explicit
+    }
+    shapes = jax.eval_shape(lambda *x: function(*x, call), *_bare(arrays))
+    letters = {2: "BN", 3: "BTN", 4: "BTNh"}
+    outs = jax.tree.map(lambda x: layout.spec(letters[x.ndim], x.shape), shapes)
+
+    def local(*arrays: Any) -> tuple[Any, ...]:
+        used = frozenset((*layout.batch, *layout.heads))
+        mine, small = part(list(lifted(arrays, used)), call, layout)
+        return lifted(tuple(function(*mine, small)), used)
+
+    run = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=tuple(specs),
+        out_specs=outs,
+        axis_names=explicit,
+    )
+    return run(*arrays)
+
+
+def part(arrays: list[Any], call: Call, layout: Layout) -> tuple[list[Any], Call]:
+    """A device's part as a call of its own, of fewer batch entries and heads.
+
+    Devices that share a key head each take it.
+    """
+    query, key, value, *rest = arrays
+    heads = math.lcm(call.K, layout.groups) // layout.groups
+    if call.K > 1 and call.K % layout.groups:
+        shared = math.lcm(call.K, layout.groups) // call.K
+        first = lax.axis_index(layout.heads) * heads
+        mine = (first + jnp.arange(heads, dtype=jnp.int32)) // shared
+        key, value = (jnp.take(x, mine, 2, mode="clip") for x in (key, value))
+    small = replace(
+        call, B=call.B // layout.entries, N=call.N // layout.groups, K=heads
+    )
+    return [query, key, value, *rest], small
+
+
+def counted(arrays: list[Any], call: Call) -> list[Any]:
+    """The arrays of a call of which parts will count entries and heads of the whole."""
+    *rest, visibility = arrays
+    if visibility.seed is None:
+        return arrays
+    seed = seed_of_all(visibility.seed, call)
+    return [*rest, replace(visibility, seed=seed)]
+
+
+def _bare(arrays: Any) -> Any:
+    """Shapes and dtypes alone."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

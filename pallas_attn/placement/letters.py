@@ -1,0 +1,97 @@
+"""The letters of every array of a call: which axis is the batch, which are heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_attn.bias.base import Added, homes
+from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.call import Visibility
+
+
+# The axes of a field with each home; an axis of size 1 is shared.
+FIELDS = {"head": "BN", "query": "BTN", "key": "BSN", "pair": "BNTS"}
+
+VISIBILITY = {
+    "offset": "B",
+    "query_positions": "BNT",
+    "key_positions": "BNS",
+    "query_lengths": "B",
+    "key_lengths": "B",
+    "query_segments": "BT",
+    "key_segments": "BS",
+    "mask": "BNTS",
+    "seed": "BNw",  # once parts of a call count entries and heads of the whole
+}
+
+# What a user calls the arrays of a `Visibility`.
+ARGUMENTS = {
+    "offset": "query_offset",
+    "query_lengths": "query_seq_lengths",
+    "key_lengths": "key_value_seq_lengths",
+    "query_segments": "query_segment_ids",
+    "key_segments": "key_segment_ids",
+    "seed": "dropout_rng",
+}
+
+
+class Axes(NamedTuple):
+    """An array's argument and the letters of its axes; a leaf in the array's place."""
+
+    name: str
+    letters: str
+
+
+def axes_of(arrays: list[Any]) -> list[Any]:
+    """The axes of [query, key, value, bias, (alpha,) visibility], as a tree like it.
+
+    Only `jax.tree.map(f, arrays, axes)` reads it: leaves are `Axes`.
+    """
+    query, key, value, bias, *alpha, visibility = arrays
+    del query, key, value
+    found: list[Any] = [
+        Axes("query", "BTNH"),
+        Axes("key", "BSKH"),
+        Axes("value", "BSKh"),
+        _of_bias(bias),
+    ]
+    found += [None if x is None else Axes("normalizer.alpha", "BN") for x in alpha]
+    return [*found, _of_visibility(visibility)]
+
+
+def leaves(arrays: Any, axes: Any) -> list[tuple[Any, Axes]]:
+    """Every array with its axes."""
+    every = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, Axes))
+    return list(zip(jax.tree.leaves(arrays), every, strict=True))
+
+
+def mapped(f: Any, arrays: Any, axes: Any) -> Any:
+    """The tree of f(array, its axes)."""
+    made = [f(x, a) for x, a in leaves(arrays, axes)]
+    return jax.tree.unflatten(jax.tree.structure(arrays), made)
+
+
+def _of_bias(bias: Added | CoALiBi) -> Any:
+    if isinstance(bias, CoALiBi):
+        return CoALiBi(Axes("bias.slopes", "BN"))  # pyright: ignore[reportArgumentType]
+    terms = tuple(
+        dataclasses.replace(
+            term, **{n: Axes(f"bias.{n}", FIELDS[h]) for n, h in homes(term).items()}
+        )
+        for term in bias.terms
+    )
+    sides: Any = (Axes("bias", "BTNR"), Axes("bias", "BSNR"))
+    return Added(terms, (sides,) * len(bias.products))
+
+
+def _of_visibility(visibility: Visibility) -> Any:
+    return Visibility(
+        **{
+            name: Axes(ARGUMENTS.get(name, name), VISIBILITY[name])
+            for name, x in vars(visibility).items()
+            if x is not None
+        }  # pyright: ignore[reportArgumentType]
+    )

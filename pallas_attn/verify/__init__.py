@@ -1,0 +1,1 @@
+"""Whether this machine computes what the formulas say: values, gradients, repeats."""
