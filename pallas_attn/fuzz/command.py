@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from pallas_attn.command import new_file, Parser, whole
+from pallas_attn.command import new_file, Parser, whole, write
 from pallas_attn.fuzz.draw import WANTED
 from pallas_attn.fuzz.job import Options, Result
 from pallas_attn.fuzz.kept import KEPT
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(result)
     report.end()
     if given.json:
-        given.json.write_text(json.dumps(report.as_json(given.seed), indent=1) + "\n")
+        write(given.json, json.dumps(report.as_json(given.seed), indent=1) + "\n")
     return int(bool(report.failed))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from pallas_attn.command import new_file, Parser
-from pallas_attn.implementations import current_device, resolve
+from pallas_attn.command import new_file, Parser, write
+from pallas_attn.implementations import current_device, NAMES, resolve
 from pallas_attn.verify.check import Verified, verify_all
 from pallas_attn.verify.large import free_bytes, LARGE, LEAST_BYTES, verify_large
 from pallas_attn.verify.rows import Row, rows, SHORT, SIZES, small_rows
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "wrong": len(wrong),
             "calls": [_plain(x) for x in found],
         }
-        options.json.write_text(json.dumps(said, indent=1) + "\n")
+        write(options.json, json.dumps(said, indent=1) + "\n")
     return int(bool(wrong) or not found)
 
 
@@ -120,7 +120,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--impl",
-        choices=("triton", "triton_interpret", "xla", "reference"),
+        choices=NAMES,
         help="what to verify; by default what a call would run on",
     )
     parser.add_argument("--filter", default="", help="calls whose name holds this")
