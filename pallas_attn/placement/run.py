@@ -14,6 +14,7 @@ from pallas_attn.implementations import current_device, Device
 from pallas_attn.placement import automatic, explicit
 from pallas_attn.placement.explicit import layout_of
 from pallas_attn.placement.names import named
+from pallas_attn.placement.symbolic import is_symbolic, one_by_one
 from pallas_attn.placement.varying import in_shard_map, lifted, varying
 
 
@@ -63,10 +64,12 @@ def _placed(
     """The results on one device, or each device its batch entries and heads."""
     if (layout := layout_of(arrays)) is not None:
         return explicit.spread(results, arrays, call, layout)
+    if results.kernels and is_symbolic(call):
+        return one_by_one(results, arrays, call)
     alone = jax.device_count() == 1 or device.abstract or in_shard_map()
     if results.kernels and not alone:
         return automatic.attend(results, call, explicit.counted(arrays, call))
     return results(*lifted(arrays, varying(arrays)), call)
 
 
-compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2), inline=True)
+compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -117,31 +118,35 @@ def in_chunks(
         def chunk(at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             sizes = (plan.batch, plan.rows, keys)
             place = dict(zip("BTS", zip(at, sizes, strict=True), strict=True))
+            part = functools.partial(cut, place=place, runs=plan.runs)
             return _attend(
-                cut(query, "BTNH", place),
-                cut(key, "BKSH", place),
-                cut(value, "BKSh", place),
-                cut_added(added, place),
-                cut_visibility(visibility, call, place),
+                part(query, "BTNH"),
+                part(key, "BKSH"),
+                part(value, "BKSh"),
+                cut_added(added, place, plan.runs),
+                cut_visibility(visibility, call, place, plan.runs),
                 small,
                 hides,
                 logits,
                 weights,
-                cut(alpha, "BN", place),
-                first=at,
+                part(alpha, "BN"),
+                first=(plan.entries(at[0], call), *at[1:]),
             )
 
         return lax.map(chunk, starts)
 
     def joined(*parts: Array) -> Array:
-        """Each [batches, chunks, batch, rows, ...] as one [B, T, ...]."""
-        x = jnp.moveaxis(jnp.concatenate(parts, axis=1), 1, 2)
-        x = x.reshape(call.B, -1, *x.shape[4:])
+        """Each [starts, chunks, batch, rows, ...] as one [B, T, ...]."""
+        x = plan.joined(jnp.concatenate(parts, axis=1))
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
         if x.shape[1] == call.T:
             return x
         return jnp.concatenate([x[:, : call.T - plan.rows], x[:, -plan.rows :]], axis=1)
 
-    batches = jnp.arange(0, call.B, plan.batch, dtype=jnp.int32)
+    each = call.B // plan.runs
+    batches = np.zeros(1, np.int32)
+    if plan.batch != call.B:
+        batches = np.arange(0, each, plan.each, dtype=np.int32)
     parts = []
     for group in plan.groups:
         grid = (batches.size, group.rows_from.size)
@@ -183,7 +188,7 @@ def _attend(
     logits: LogitsOf,
     weights: WeightsOf,
     alpha: Float[Array, "#B #N"] | None,
-    first: tuple[Array, Array, Array],  # batch entry, query and key of the chunk
+    first: tuple[Array, Array, Array],  # batch entries; query and key of the chunk
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
     precision = call.precision
