@@ -215,13 +215,20 @@ def poisoned(places, home, x):
 def poisoned_gates(sample, places, bias):
     """Gates of keys that are not there, or that come after every query that sees one.
 
-    A gate between the two of a visible pair is read though its own key is masked.
+    Those of other segments are not read. A gate between the two of a visible pair is
+    read though its own key is masked.
     """
     given = {**sample.conditions, **sample.settings}
     batch, _, queries, keys = places.shape
     i = np.arange(queries)[:, None] + given.get("query_offset", 0)
     m = np.arange(keys)[None, :]
-    read = (places.any(3)[..., None] & (m <= i)).any(2)
+    before = np.broadcast_to(m <= i, (batch, 1, queries, keys))
+    if "query_segment_ids" in given:
+        own, other = (
+            np.asarray(given[f"{side}_segment_ids"]) for side in ("query", "key")
+        )
+        before = before & (own[:, None, :, None] == other[:, None, None, :])
+    read = (places.any(3)[..., None] & before).any(2)
     lengths = np.asarray(given.get("key_value_seq_lengths", np.full(batch, keys)))
     read &= m[None] < lengths[:, None, None]
     gates = jnp.where(np.swapaxes(read, 1, 2), bias.log_gate, jnp.nan)

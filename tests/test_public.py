@@ -100,7 +100,7 @@ UNSOURCED = {
     "visited",
 }
 # what takes or holds no array, so that it has no shapes to tell
-SHAPELESS = {"BiasModule", "Block", "Config"}
+SHAPELESS = {"Block", "Config"}
 
 SIGNATURE = """
     query, key, value, bias=None, mask=None, *,

@@ -68,16 +68,17 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; on a known side a number, one per query and one per key.
+        """|distance| of visible pairs; on a known side a number, one per query and key.
 
-        Of one sign, so that none is larger than the distance: nothing cancels.
+        Those are of one sign and none is larger than the distance: nothing cancels.
         """
         side = self.side
-        if self.sight.arrays.placed:  # -2^31 stands for 2^31 too
-            away = self.query_position - self.key_position
-            return (jnp.abs(away.astype(f32)),)
-        if isinstance(side, int) and not side:
-            return (jnp.abs(self.distance),)
+        if self.sight.arrays.placed and not self.call.causal:
+            # -2^31 stands for 2^31 too
+            return (jnp.abs((self.query_position - self.key_position).astype(f32)),)
+        if self.sight.arrays.placed or (isinstance(side, int) and not side):
+            # not |x| where it changes nothing: it costs registers
+            return (self.distance if self.call.causal else jnp.abs(self.distance),)
         # from the nearest pair: the first query and the last key, or the reverse
         queries = (1 - side) * 0.5 * (self.bq - 1)
         keys = (1 + side) * 0.5 * (self.bk - 1)
