@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
+from pallas_attn.cards import LARGE
 from pallas_attn.config import Block, Load, shipped
 from pallas_attn.kernels.launch import Grid
 from pallas_attn.kernels.operands import Wanted
@@ -133,6 +134,7 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
         bent=plan.bent,
         free=not (plan.dense or call.causal or plan.pruned),
         columns=plan.columns,
+        small=call.shared_kib < LARGE,
     )
     return user or shipped(kernel, load)
 
