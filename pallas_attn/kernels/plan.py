@@ -26,6 +26,7 @@ class Plan:
     """The passes of a call. A pass owns each gradient it is listed with, alone."""
 
     pruned: bool
+    hides: bool  # a term may take keys away, whatever they hold
     large: bool  # scores may be large: an array's -1e9 is an ordinary number
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
@@ -71,6 +72,7 @@ def plan(
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
     forward = Plan(
         pruned=pruned,
+        hides=any(term.hides for term in added.terms),
         large=any(span(added, f) and added.terms[f[0]].steep for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
