@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_attn.poison import poisoned
+
 
 # Running sums: a number, what it lacks, and (unless `alone`) the sum of the resets,
 # which is in neither.
@@ -86,7 +88,7 @@ def _running(
         count = count - lax.cummax(before, axis=count.ndim - 1)
 
     high, low = _two_numbers(sums[:ordinary])
-    found = (jnp.where(count > 0, jnp.nan, -high), -low)
+    found = (poisoned(-high, count > 0), -low)
     if apart is None:
         return found
     return *found, -functools.reduce(jnp.add, sums[ordinary:]) * apart[1]

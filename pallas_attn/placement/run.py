@@ -66,7 +66,9 @@ def _placed(
         return explicit.spread(results, arrays, call, layout)
     if results.kernels and is_symbolic(call):
         return one_by_one(results, arrays, call)
-    alone = jax.device_count() == 1 or device.abstract or in_shard_map()
+    # an abstract device without a mesh: lowered for a machine that is not this one
+    elsewhere = device.abstract and jax.sharding.get_abstract_mesh().size == 1
+    alone = jax.device_count() == 1 or elsewhere or in_shard_map()
     if results.kernels and not alone:
         return automatic.attend(results, call, explicit.counted(arrays, call))
     return results(*lifted(arrays, varying(arrays)), call)
