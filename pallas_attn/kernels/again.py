@@ -82,8 +82,15 @@ def masked(t: Tile, added: Added, held: dict[Field, Any]) -> Tile:
     By what it adds alone, a term or their sum: the score itself may be NaN.
     """
     row, rest = parts(with_fields(added, held | loaded(added, t, held)), t)
-    values = [jnp.broadcast_to(x, t.shape) for x in (row, *rest)]
+    return replace(t, taken=taken(t.shape, added, row, rest))
+
+
+def taken(
+    shape: tuple[int, ...], added: Added, row: Any, rest: list[jax.Array]
+) -> jax.Array:
+    """Which pairs the terms leave without weight, by their parts."""
+    values = [jnp.broadcast_to(x, shape) for x in (row, *rest)]
     sums = [functools.reduce(jnp.add, values)]
     several = len(added.terms) + len(added.products) > 1
-    taken = [x <= NO_WEIGHT for x in (values + sums if several else sums)]
-    return replace(t, taken=functools.reduce(jnp.logical_or, taken))
+    low = [x <= NO_WEIGHT for x in (values + sums if several else sums)]
+    return functools.reduce(jnp.logical_or, low)
