@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from pallas_attn.cards import LARGEST
 from pallas_attn.config import Config
 
 
@@ -41,6 +42,7 @@ class Call:
     dropout_shared: bool = False  # one mask for all batch entries and heads
     config: Config = Config()
     interpret: bool = False
+    shared_kib: int = LARGEST  # of shared memory that one program may use
 
     @property
     def G(self) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (
     arrays as check,
     bias as check_bias,
@@ -125,9 +126,8 @@ def canonical(
     sparse = not _is_softmax(alpha, top_k)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
-    choice = resolve(
-        implementation, current_device(), dtype=q.dtype.name, H=sizes.H, h=sizes.h
-    )
+    device = current_device()
+    choice = resolve(implementation, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
     name = check_static.runnable(choice)
     config = check_static.config(config)
     if isinstance(bias, CoALiBi):
@@ -155,6 +155,7 @@ def canonical(
         dropout_shared=check_static.flag("broadcast_dropout", broadcast_dropout),
         config=config,
         interpret=name == "triton_interpret",
+        shared_kib=shared_kib(device.capability, device.kind),
     )
     place = _place(sizes, call, visibility, alone=_one_placed(bias))
     bias = _bias(bias, sizes, place)

@@ -64,20 +64,24 @@ class Load:
     bent: bool  # a field along queries or keys is not simply added to the scores
     free: bool  # no dense bias, not causal, not pruned
     columns: int  # of all factored products
+    small: bool = False  # 99 KiB of shared memory, not 163 or 227
 
 
 def shipped(kernel: str, load: Load) -> Block:
     """The shipped block of a kernel.
 
     Measured on an H200 in bfloat16. Three stages are what Triton needs to keep two
-    loads in flight; fewer only where shared memory or registers run out.
+    loads in flight; fewer only where shared memory or registers run out. What a card of
+    99 KiB takes instead is made to fit, and was not timed.
     """
     if load.dtype == "float32":
         return _float32(kernel, load)
+    if load.bent and load.head_dim <= 128:
+        return _bent(kernel)
+    if load.small and (block := _small(kernel, load)):
+        return block
     if load.head_dim > 128:
         return _widest(kernel)
-    if load.bent:
-        return _bent(kernel)
     wide = load.head_dim > 64
     thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
     match kernel:
@@ -114,6 +118,17 @@ def _widest(kernel: str) -> Block:
     return Block(16, 64, 8, 2) if kernel == "cols" else Block(64, 32, 8, 2)
 
 
+def _small(kernel: str, load: Load) -> Block | None:
+    """Of a card with 99 KiB, where another may not fit; None: the others' does."""
+    if load.head_dim > 128:
+        return Block(32, 32, 8, 2) if kernel == "rows" else None
+    if kernel == "thin_rows":  # dS may be float32
+        return Block(64, 64, 4, 3)
+    if load.head_dim > 64 and kernel != "thin_cols":
+        return Block(64, 64, 4, 2)
+    return Block(64, 64) if kernel == "forward" and load.dense else None
+
+
 def _bent(kernel: str) -> Block:
     """A term's own arithmetic, and its derivatives, take registers of every score."""
     return Block(32, 64, 4, 2) if kernel in ("forward", "rows") else Block(32, 32, 4, 2)
@@ -122,7 +137,8 @@ def _bent(kernel: str) -> Block:
 def _float32(kernel: str, load: Load) -> Block:
     """float32 takes twice the shared memory; IEEE dots keep operands in registers."""
     if load.head_dim > 128:
-        return Block(16, 16, 8, 1) if load.exact else Block(32, 32, 8, 1)
+        small = load.exact or load.small
+        return Block(16, 16, 8, 1) if small else Block(32, 32, 8, 1)
     if load.exact:
         return Block(32, 16, 8, 2) if load.head_dim > 64 else Block(32, 32, 8, 2)
     narrow = load.head_dim <= 64

@@ -5,6 +5,7 @@ import functools
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_seed_stays_the_same_call():
 
 def test_a_process_that_dies_is_reported_as_its_seed():
     """And the seeds after it still run: here each in a process that cannot."""
-    dead = functools.partial(os._exit, 3)
+    dead: Any = functools.partial(os._exit, 3)
     found = list(run_all(range(2), Options("xla"), 1, serve=dead))
     assert [x.seed for x in found] == [0, 1]
     assert all("died" in str(x.findings[0]) for x in found)

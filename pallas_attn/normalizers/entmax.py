@@ -101,7 +101,8 @@ def _unflatten(static: tuple[Any, ...], data: Iterable[Any]) -> Entmax:
     alpha, top_k = static
     if alpha is not None:
         return Entmax(alpha, top_k)
-    mapped = Entmax(*data, top_k)
+    (leaf,) = data
+    mapped = Entmax(leaf, top_k)
     object.__setattr__(mapped, "_mapped", True)
     return mapped
 

@@ -19,7 +19,6 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from pallas_attn.call import Call
@@ -71,6 +70,8 @@ def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
 
     def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
         if layout is None:
+            from jax.extend.core import jaxpr_as_fun  # which loads Pallas
+
             values, size = jaxpr_as_fun(whole)(*flat), call
         else:
             values, size = pulled.run(call, layout, flat)[0], _small(call, layout)

@@ -21,18 +21,25 @@ from typing import Any
 
 import jax
 
+from pallas_attn.cards import shared_kib
 from pallas_attn.testing.triton_ir import accumulated, copied, loaded_in_loops
 
 
 # One device of each compute capability, as `jax.Device.device_kind` names it.
 DEVICES = {
     80: "NVIDIA A100-SXM4-80GB",
+    86: "NVIDIA A10",
+    89: "NVIDIA L40S",
     90: "NVIDIA H100 80GB HBM3",
     100: "NVIDIA B200",
+    120: "NVIDIA GeForce RTX 5090",
 }
-# The most shared memory one program may use, in bytes (CUDA C++ Programming Guide,
-# technical specifications per compute capability).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The most shared memory one program may use, in bytes.
+SHARED_LIMIT = {
+    arch: 1024 * shared_kib(f"{arch // 10}.{arch % 10}") for arch in DEVICES
+}
+# The version of PTX that Triton is told; shared memory does not depend on it.
+PTX = 87
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Record:
 
     Args:
         name: The kernel's name.
-        arch: Compute capability times ten: 80, 90, 100.
+        arch: Compute capability times ten, a key of `DEVICES`.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline.
         registers: Per thread.
@@ -159,31 +166,12 @@ def compile_kernel(kernel: Kernel, arch: int = 90) -> Record:
     Raises:
         RuntimeError: if ptxas refuses the kernel.
     """
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget, Language
     from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler.compiler import make_backend
 
-    backend = make_backend(GPUTarget("cuda", arch, 32))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    options = backend.parse_options(
-        {
-            "num_warps": kernel.num_warps,
-            "num_stages": kernel.num_stages,
-            "enable_fp_fusion": True,  # as XLA does
-        }
-    )
-    stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
-    backend.add_stages(stages, options, Language.TRITON)
     metadata: dict[str, Any] = {}
     text: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ttir"
-        source.write_text(triton_ir(kernel))
-        module = ir.parse_mlir_module(str(source), context)
-        module.context = context
+        module, stages = _parsed(kernel, arch, folder)
         for stage in ("ttir", "ttgir", "llir", "ptx"):
             module = stages[stage](module, metadata)
             text[stage] = str(module)
@@ -216,6 +204,56 @@ def compile_kernel(kernel: Kernel, arch: int = 90) -> Record:
         loaded=loaded_in_loops(text["ttgir"]),
         accumulated=accumulated(text["ttir"]),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def shared_memory(kernel: Kernel, arch: int) -> int:
+    """Bytes of shared memory of a kernel: `compile_kernel(kernel, arch).shared`.
+
+    It is settled before there is machine code, in a third of the time.
+    """
+    from triton._C.libtriton import ir, nvidia, passes
+
+    metadata: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        module, stages = _parsed(kernel, arch, folder)
+        for stage in ("ttir", "ttgir"):
+            module = stages[stage](module, metadata)
+    # what Triton's make_llir does first
+    manager = ir.pass_manager(module.context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager, False)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, arch, PTX)
+    manager.run(module, "shared_memory")
+    return module.get_int_attr("ttg.shared")
+
+
+def _parsed(kernel: Kernel, arch: int, folder: str) -> tuple[Any, dict[str, Any]]:
+    """A kernel as Triton's module, and the stages that Triton takes it through."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget, Language
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(
+        {
+            "num_warps": kernel.num_warps,
+            "num_stages": kernel.num_stages,
+            "enable_fp_fusion": True,  # as XLA does
+        }
+    )
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, Language.TRITON)
+    source = Path(folder) / "kernel.ttir"
+    source.write_text(triton_ir(kernel))
+    module = ir.parse_mlir_module(str(source), context)
+    module.context = context
+    return module, stages
 
 
 def triton_ir(kernel: Kernel) -> str:

@@ -23,7 +23,7 @@ from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
 # Every size that is split has a number of its own, by which arrays are placed.
-SIZES = {"B": 4, "N": 8, "K": 4, "T": 9, "S": 13, "H": 6, "h": 7}
+SIZES = {"B": 4, "N": 12, "K": 4, "T": 9, "S": 13, "H": 6, "h": 7}
 
 # What moves operands between devices. Sums of gradients, all-reduces, are needed.
 MOVES = re.compile(r"(all-gather|all-to-all|collective-permute)(?:-start)?\(")

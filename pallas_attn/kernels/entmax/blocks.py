@@ -7,6 +7,7 @@ from dataclasses import replace
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.cards import LARGE
 from pallas_attn.config import Block
 
 
@@ -39,6 +40,8 @@ def _shipped(call: Call) -> tuple[Block, Block, Block]:
         return _alike(Block(size, size, 4, 1 if exact else 2))
     if widest > 128:
         return _alike(Block(32, 32, 8, 2))
+    if widest > 64 and call.shared_kib < LARGE:
+        return _alike(Block(64, 64, 4, 2))
     if widest > 64:
         return Block(64, 64, 4, 3), Block(64, 64, 4, 4), Block(64, 64, 4, 2)
     return _alike(Block(64, 64, 4, 3))
