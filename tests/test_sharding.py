@@ -14,7 +14,7 @@ from pallas_attn.api import attended
 from pallas_attn.linen import MultiHeadAttention
 from pallas_attn.placement.explicit import layout_of
 from pallas_attn.testing.cases import Case
-from pallas_attn.testing.evaluate import called, small
+from pallas_attn.testing.evaluate import called, small, with_gradients
 from pallas_attn.testing.jaxprs import kernel_names
 from pallas_attn.testing.numerics import assert_formula
 
@@ -31,6 +31,27 @@ def test_sharded_is_unsharded_without_moving_what_is_sharded(devices):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("bias", ["none", "co_alibi"])
+def test_kernels_run_inside_shard_map_as_it_is_by_default(bias):
+    """Their types say over which mesh axes they vary, on one device too."""
+    sample = Case(bias, "causal").at(B=1, N=1, K=1, T=9, S=9).sample()
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = with_gradients(
+        sample.settings, implementation="triton_interpret", config=small(bias)
+    )
+    spec = jax.sharding.PartitionSpec
+    arguments = (sample.operands, sample.cotangents)
+    shared = {**dict.fromkeys(sample.operands, spec("x")), "bias": spec()}
+    run = jax.shard_map(
+        lambda operands, cotangents: f(operands, {}, cotangents),
+        mesh=mesh,
+        in_specs=(shared, spec("x")),
+        out_specs=(spec("x"), shared),
+    )
+    want = jax.jit(f)(sample.operands, {}, sample.cotangents)
+    assert_formula(jax.jit(run)(*arguments), want)
 
 
 @pytest.mark.parametrize(
