@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from dataclasses import replace
 import os
 import zlib
 from pathlib import Path
@@ -64,7 +65,11 @@ def plans(which: str) -> tuple[Plan, ...]:
 
 @pytest.mark.parametrize(("which", "seed"), CALLS, ids=lambda x: str(x))
 def test_a_random_call_is_right(which, seed):
-    found = run(seed, options(which))
+    given = options(which)
+    if which == "kernels":  # there what a bias takes away must be finite
+        sets = value_sets(plan_of(seed, given), given.values)
+        given = replace(given, sets=tuple(x for x in sets if x != "taken"))
+    found = run(seed, given)
     assert not found.findings, "\n".join([found.call, *map(str, found.findings)])
 
 

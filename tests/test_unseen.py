@@ -56,8 +56,16 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", implementations())
-@pytest.mark.parametrize("row", ROWS, ids=str)
+# What a bias takes away must be finite in the kernels: there masks hide.
+CALLS = [
+    (row, name)
+    for row in ROWS
+    for name in implementations()
+    if name == "xla" or not row.veil.startswith("bias")
+]
+
+
+@pytest.mark.parametrize(("row", "implementation"), CALLS, ids=str)
 def test_poison_reaches_nothing(row, implementation):
     """NaN and inf in all that no place reads, cotangents too, change no result."""
     case = Case(row.bias).at(**{"T": T, "S": S, "B": 2, **dict(row.sizes)})

@@ -82,7 +82,6 @@ def test_rows_and_heads_of_a_large_call_are_a_small_call(what):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["mask", "bias"])
 def test_arrays_past_2_31_elements(what):
     large = Large(what, N=16 if what == "mask" else 10)

@@ -127,7 +127,7 @@ def line(result: Result) -> str:
     slow = result.host_bound()
     notes = [f"the host may be what was timed: {', '.join(slow)}"] if slow else []
     reasons: dict[str, list[str]] = {}
-    for name, reason in result.failures.items():
+    for name, reason in sorted(result.failures.items(), reverse=True):
         reasons.setdefault(reason, []).append(name)
     notes += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return "\n".join([text, *(f"  {note}" for note in notes)])

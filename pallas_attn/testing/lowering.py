@@ -29,10 +29,10 @@ from pallas_attn.testing.triton_ir import accumulated, copied, loaded_in_loops
 DEVICES = {
     80: "NVIDIA A100-SXM4-80GB",
     86: "NVIDIA A10",
-    89: "NVIDIA L40S",
+    89: "NVIDIA L4",
     90: "NVIDIA H100 80GB HBM3",
     100: "NVIDIA B200",
-    120: "NVIDIA GeForce RTX 5090",
+    120: "NVIDIA RTX PRO 6000 Blackwell Server Edition",
 }
 # The most shared memory one program may use, in bytes.
 SHARED_LIMIT = {
