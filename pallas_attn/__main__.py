@@ -1,4 +1,4 @@
-"""`python -m pallas_attn demo | bench | doctor | inspect`."""
+"""`python -m pallas_attn demo | verify | fuzz | bench | doctor | inspect`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ COMMANDS = {
         "pallas_attn.demo.tour",
         "check every bias, train a small model, see it extrapolate",
         "demo",
+    ),
+    "verify": Command(
+        "pallas_attn.verify.command",
+        "values, gradients and repeats of everything on this device, in two minutes",
+        "test",
+    ),
+    "fuzz": Command(
+        "pallas_attn.fuzz.command",
+        "random whole calls against a float64 truth, in many processes",
+        "test",
     ),
     "bench": Command(
         "pallas_attn.benchmark.report", "time ours and its peers in one run", "bench"

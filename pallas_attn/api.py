@@ -160,13 +160,23 @@ def dot_product_attention(
         lse_i = log sum_{j in V(i)} exp t_ij
         o_i   = sum_{j in V(i)} exp(t_ij - lse_i) v_j
 
-    A query that may attend to nothing has o = 0, lse = -inf and zero gradients. With
+    A query that may attend to nothing has o = 0, lse = -inf and zero gradients; a key
+    to which a bias adds -1e30 or less counts as masked, whatever it holds. With
     `Entmax(alpha, top_k)`, a = alpha - 1 and V(i) cut to the top_k largest t:
 
         o_i   = sum_{j in V(i)} p_ij v_j    where p_ij = max(0, a t_ij - tau_i)^(1/a)
 
     and the threshold tau_i is the one at which sum_j p_ij = 1. Dropout multiplies the
     weights of normalized rows by keep_ij / (1 - rate); lse and tau do not know of it.
+
+    Many devices: batch and heads may be sharded, on a mesh of explicit or automatic
+    axes and inside `jax.shard_map`; each device attends to its own, and only gradients
+    of what devices share are summed over them. Heads go over as many devices as divide
+    N; under automatic sharding kernels gather them where these do not divide K.
+    Output, residual and all else that a backward keeps have the checkpoint name
+    "attention": under `jax.checkpoint_policies.save_only_these_names("attention")` no
+    forward runs twice. `jax.export` takes a symbolic batch; "xla" and "reference" take
+    symbolic lengths too, whose scores they hold all at once.
 
     Letters: B batch; T queries; S keys; N query heads; K key heads, a divisor of N
     (query head n reads key head n // (N // K)); H head dim of query and key; h of
@@ -209,8 +219,9 @@ def dot_product_attention(
             divided by that. A Python number.
         dropout_rng: A JAX key, typed or of uint32 words, needed where the rate is above
             0. What is kept is a hash of it and of a weight's batch entry, head, query
-            and key: the same in every implementation. Under `shard_map` batch entries
-            count from 0 in each shard: fold the shard's index into the key.
+            and key: the same in every implementation and however `jax.jit` shards the
+            arrays. In your own `shard_map` batch entries and heads count from 0 in each
+            shard: fold the shard's index into the key.
         precision: Of the products, as `jax.lax.Precision`; None is
             `jax.default_matmul_precision`.
         implementation: "triton" (Pallas kernels; a CUDA GPU of compute capability

@@ -55,3 +55,9 @@ def new_file(endings: Collection[str] = ()) -> Callable[[str], Path]:
         return found
 
     return path
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, and makes its folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -68,7 +68,10 @@ def advice(
     plugins = [name for name in versions if "plugin" in name and versions[name]]
     lines = []
     if device.platform == "gpu":
-        lines.append("A GPU is in use: `pallas_attn bench` compares it with its peers.")
+        lines.append(
+            "A GPU is in use: `pallas_attn verify` checks every number on it, "
+            "`pallas_attn bench` compares it with its peers."
+        )
     elif driver and not plugins:
         lines.append(
             "There is an NVIDIA driver, but jax cannot use it: "

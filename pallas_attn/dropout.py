@@ -44,7 +44,7 @@ G = 0x9E3779B9 - 2**32
 Words = tuple[Any, Any]
 # Those of a seed; where a call is part of a larger one, the batch entry and the head
 # of that one at which it starts, too.
-Seed = tuple[Any, ...]
+Seed = tuple[Any, Any] | tuple[Any, Any, Any, Any]
 
 
 def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
@@ -73,7 +73,7 @@ def head_words(call: Call, seed: Seed, b: Any, n: Any) -> Words:
     """The words of query head n of batch entry b; of all, where the mask is shared."""
     if call.dropout_shared:
         b, n = jnp.int32(0), jnp.int32(0)
-    elif len(seed) > 2:
+    elif len(seed) == 4:
         b, n = b + seed[2], n + seed[3]
     return _mixed(_mixed(seed[0] + b) + n), _mixed(_mixed(seed[1] ^ b) ^ n)
 
@@ -104,18 +104,18 @@ def kept_on(
     Args:
         call: Its B, N, T and S, from which the mask takes its shape.
         seed: None where nothing is dropped.
-        first: Where batch entries, queries and keys start.
+        first: Where batch entries, queries and keys start; or all of these.
     """
     if seed is None:
         return None
     b, i, j = (
-        jnp.asarray(start, jnp.int32) + jnp.arange(n, dtype=jnp.int32)
+        start if jnp.ndim(start) else start + jnp.arange(n, dtype=jnp.int32)
         for start, n in zip(first, (call.B, call.T, call.S), strict=True)
     )
     n = jnp.arange(call.N, dtype=jnp.int32)[None, :, None, None]
     words = seed if seed.ndim == 1 else seed[0, 0]
-    words = tuple(words[i] for i in range(words.shape[0]))
-    head = head_words(call, words, b[:, None, None, None], n)
+    every: Any = tuple(words[i] for i in range(words.shape[0]))
+    head = head_words(call, every, b[:, None, None, None], n)
     queries = query_words(head, i[None, None, :, None])
     return kept(call, queries, key_word(j)[None, None, None, :])
 

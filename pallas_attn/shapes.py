@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
@@ -116,4 +118,19 @@ def flattened(
         return x.reshape((1, *rest))
     if front != leading:
         x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
+    if len(leading) > 1:
+        _front_alone(x, len(leading))
     return x.reshape((math.prod(leading), *rest))
+
+
+def _front_alone(x: Shaped[Array, "*axes"], leading: int) -> None:
+    """Refuses an explicit mesh over other leading axes than the first: they merge."""
+    spec: Any = jax.typeof(x).sharding.spec
+    over = [n for n in spec[1:leading] if n is not None]
+    if over:
+        raise ValueError(
+            "Of several leading axes only the first may lie over a mesh with explicit "
+            f"axes, for they become one; got {tuple(spec[:leading])} of an array "
+            f"{x.shape}. Bring the sharded axis to the front with jnp.moveaxis, or "
+            "gather it with jax.reshard."
+        )

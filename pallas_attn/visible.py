@@ -47,6 +47,17 @@ def weighty(x: Array) -> Bool[Array, "*axes"]:
     return ~(x <= NO_WEIGHT)
 
 
+def taken(values: list[Array]) -> Bool[Array, "#B #N #T #S"]:
+    """Where a bias, one of its terms or their sum, leaves a key without weight.
+
+    Whatever the score is: NaN there is as a mask would have it.
+    """
+    if not values:
+        return jnp.zeros((1, 1, 1, 1), bool)
+    whole = functools.reduce(jnp.add, values)
+    return functools.reduce(jnp.logical_or, [x <= NO_WEIGHT for x in (*values, whole)])
+
+
 def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
     """A field in float32 at least, 0 where no place that is True reads it.
 

@@ -5,8 +5,12 @@ import json
 import pytest
 
 from pallas_attn.__main__ import main
+from pallas_attn.fuzz.command import main as fuzz
 from pallas_attn.implementations import current_device
+from pallas_attn.verify.command import main as verify
 
+
+OWN = {"fuzz": fuzz, "verify": verify}
 
 # What is typed, and what the line must say: the argument, the rule, what was found.
 WRONG = {
@@ -45,6 +49,11 @@ WRONG = {
     "a sweep of text": (["bench", "--sweep", "rows=axb"], ("--sweep", "rows=axb")),
     "wide heads": (["inspect", "--head-dim", "512"], ("--head-dim", "1..256", "512")),
     "no keys": (["inspect", "--length", "0"], ("--length", "at least 1", "got 0")),
+    "no such implementation": (["verify", "--impl", "flash"], ("--impl", "flash")),
+    "findings in a file": (
+        ["verify", "--json", "{folder}/file/x.json"], ("--json", "cannot be written"),
+    ),
+    "no calls": (["fuzz", "--count", "0"], ("--count", "at least 1", "got 0")),
     "no such card": (["inspect", "--arch", "75"], ("--arch", "75")),
 }  # fmt: skip
 
@@ -55,8 +64,10 @@ def test_a_wrong_argument_is_one_line(name, tmp_path, capsys):
     (tmp_path / "file").write_text("text")
     (tmp_path / "list.json").write_text(json.dumps([1, 2]))
     typed, says = WRONG[name]
+    typed = [text.format(folder=tmp_path) for text in typed]
+    call = OWN.get(typed[0], lambda _: main(typed))
     with pytest.raises(SystemExit) as exit:
-        main([text.format(folder=tmp_path) for text in typed])
+        call(typed[1:])
     out, error = capsys.readouterr()
     assert exit.value.code == 2
     assert not out

@@ -25,6 +25,7 @@ from pallas_attn import (
 )
 from pallas_attn.kernels.entmax import choice, lists
 from pallas_attn.kernels.operands import Wanted
+from pallas_attn.normalizers.entmax import Learned, Power, takes_power
 from pallas_attn.reference.entmax import entmax, largest
 from pallas_attn.testing.cases import ALPHAS, Case, normal, NORMALIZERS, TOP_K
 from pallas_attn.testing.evaluate import (
@@ -89,6 +90,7 @@ NARROW = [
         ("entmax 1.25", "factored", "mask BNTS"),
         ("entmax 1.1", "sum", "positions shuffled"),
         ("entmax 1.75", "saturating", "segments"),
+        ("entmax 1.001", "dense", "bottom-right"),
         ("entmax learned", "alibi", "all at once"),
         ("entmax learned", "none", "empty rows"),
         ("entmax 1.0 top 8", "none", "lengths"),
@@ -324,6 +326,24 @@ def test_scores_of_any_size(normalizer, factor, implementation):
     assert_formula(gradients(sample, **options(implementation)), truth(sample))
 
 
+def test_every_alpha_has_its_digits():
+    """Of weights and their derivatives, by the form that alpha takes in a kernel."""
+    gaps = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.0999, 0.1, 0.11, 0.25, 0.5, 1)
+    x = -np.linspace(0, 12, 97)
+    for a in (float(np.float32(1 + gap)) - 1 for gap in gaps):
+        power = Power(a) if takes_power(1 + a) else Learned(a)
+        for largest_weight in (1.0, 0.4, 0.01):
+            level = jnp.float32(power.level_of(largest_weight))
+            z = np.maximum(largest_weight**a + a * x, 0)
+            want = (
+                z ** (1 / a),
+                np.where(z > 0, np.where(z > 0, z, 1) ** (1 / a - 1), 0),
+            )
+            assert_formula(
+                power.weights(jnp.float32(x), jnp.float32(0), level, 1), want
+            )
+
+
 @everywhere
 def test_a_learned_alpha_is_a_static_one(implementation):
     sample = Case("alibi", "causal", (), "entmax 1.5").sample()
@@ -413,8 +433,13 @@ def finite(tree):
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 def test_nan_where_nobody_looks(normalizer, implementation):
-    """In hidden keys and values, in queries and cotangents of empty rows."""
+    """In hidden keys and values, in queries and cotangents of empty rows.
+
+    Under a soft cap, whose slope is NaN there.
+    """
     sample = Case("alibi", "full", (), normalizer).at(S=61).sample()
+    settings = {**sample.settings, "logits_soft_cap": 2.0}
+    sample = dataclasses.replace(sample, settings=settings)
     hidden, empty = jnp.arange(61) % 3 == 1, jnp.arange(37) % 5 == 2
     mask = (~hidden[None, :] & ~empty[:, None])[None, None]
     poison = lambda where, x: jnp.where(where[:, None, None], jnp.nan, x)
@@ -503,6 +528,28 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
     _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
     assert bool(found.lists.fits) == fits
+
+
+@pytest.mark.parametrize("bias", ["factored", "dense-1NTS"])
+def test_both_ways_of_long_rows_make_what_is_asked_for(bias, monkeypatch):
+    """One conditional has both: each makes the gradients wanted, and no others."""
+    monkeypatch.setattr(choice, "LONG", 1)
+    sample = Case(bias, "causal", (), "entmax 1.5").at(T=5, S=5, N=1, K=1).sample()
+    leaves, tree = jax.tree.flatten(sample.operands)
+    attend = attention(sample.settings, **options(kernel_implementation()))
+
+    def loss(places, *wanted):
+        every = dict(enumerate(leaves)) | dict(zip(places, wanted, strict=True))
+        return attend(tree.unflatten(every.values()), {})[0].sum()
+
+    for n in (1, len(leaves) - 1):  # each operand alone, each frozen alone
+        for places in itertools.combinations(range(len(leaves)), n):
+            wanted = [leaves[n] for n in places]
+            every = tuple(range(n))
+            made = jax.eval_shape(
+                jax.grad(functools.partial(loss, places), every), *wanted
+            )
+            chex.assert_trees_all_equal_shapes_and_dtypes(list(made), wanted)
 
 
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 1.5 top 3"])

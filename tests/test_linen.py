@@ -584,7 +584,6 @@ REFUSED: dict[str, Any] = {
         {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}, {},
         NotImplementedError, "`qk_attn_weights_einsum_cls` cannot be honoured",
     ),
-    "list": ({"bias": [ALiBi(), ALiBi()]}, {}, TypeError, "one bias; got several"),
     "returned": ({"bias": Three()}, {}, TypeError, "`bias`, a Three, must return"),
     "returned_term": (
         {"bias": ALiBi() + Three()}, {},

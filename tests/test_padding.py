@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import pallas_attn
-from pallas_attn.bias.base import as_bias, Bias, homes, Sum
 from pallas_attn.testing.cases import Case, KINDS
 from pallas_attn.testing.evaluate import (
     attention,
@@ -23,6 +22,7 @@ from pallas_attn.testing.evaluate import (
     values,
 )
 from pallas_attn.testing.numerics import assert_formula, assert_zero
+from pallas_attn.testing.poison import poisoned, poisoned_bias
 
 
 SITUATIONS = ["empty rows", "lengths", "all at once"]
@@ -192,49 +192,24 @@ def visible(sample, sizes):
     return places
 
 
-def poisoned(places, home, x):
-    """x, NaN where no visible place reads it; its home or the operand's name."""
-    by_place = {
-        "query": lambda: np.swapaxes(places.any(3), 1, 2),
-        "key": lambda: np.swapaxes(places.any(2), 1, 2),
-        "pair": lambda: places,
-    }
-    by_place["value"] = by_place["key"]
-    if home not in by_place:
-        return x
-    read = by_place[home]()
-    if home in ("key", "value") and x.shape[2] < read.shape[2] and x.shape[2] > 1:
-        read = read.reshape(*read.shape[:2], x.shape[2], -1).any(3)  # grouped heads
-    sizes = zip(x.shape, read.shape, strict=False)
-    shared = tuple(axis for axis, (size, full) in enumerate(sizes) if size < full)
-    read = read.any(shared, keepdims=True)
-    read = read.reshape(read.shape + (1,) * (x.ndim - read.ndim))
-    return jnp.where(read, x, jnp.asarray(jnp.nan, x.dtype))
-
-
 def poisoned_gates(sample, places, bias):
     """Gates of keys that are not there, or that come after every query that sees one.
 
-    A gate between the two of a visible pair is read though its own key is masked.
+    Those of other segments are not read. A gate between the two of a visible pair is
+    read though its own key is masked.
     """
     given = {**sample.conditions, **sample.settings}
     batch, _, queries, keys = places.shape
     i = np.arange(queries)[:, None] + given.get("query_offset", 0)
     m = np.arange(keys)[None, :]
-    read = (places.any(3)[..., None] & (m <= i)).any(2)
+    before = np.broadcast_to(m <= i, (batch, 1, queries, keys))
+    if "query_segment_ids" in given:
+        own, other = (
+            np.asarray(given[f"{side}_segment_ids"]) for side in ("query", "key")
+        )
+        before = before & (own[:, None, :, None] == other[:, None, None, :])
+    read = (places.any(3)[..., None] & before).any(2)
     lengths = np.asarray(given.get("key_value_seq_lengths", np.full(batch, keys)))
     read &= m[None] < lengths[:, None, None]
     gates = jnp.where(np.swapaxes(read, 1, 2), bias.log_gate, jnp.nan)
     return pallas_attn.ForgetGate(gates)
-
-
-def poisoned_bias(places, bias):
-    bias = as_bias(bias)
-    if isinstance(bias, Sum):
-        return Sum(tuple(poisoned_bias(places, term) for term in bias.terms))
-    fields = {
-        name: poisoned(places, home, getattr(bias, name))
-        for name, home in homes(bias).items()
-    }
-    assert isinstance(bias, Bias)
-    return replace(bias, **fields)

@@ -28,11 +28,14 @@ from pallas_attn.testing.evaluate import (
     kernel_implementation,
     SMALL_CONTEXTUAL,
     truth,
+    values,
 )
 from pallas_attn.testing.numerics import (
     assert_nothing_missed,
     assert_rounded_apart,
+    assert_rounding,
     largest_errors,
+    OUTPUT_RATIO,
     PRUNING,
 )
 
@@ -149,6 +152,23 @@ def test_what_is_left_out_is_not_missed(name, no_budget):
     assert_rounded_apart(pruned, unpruned, truth(drawn))
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1.0), ("bfloat16", 1e20)])
+def test_weights_stay_within_range(dtype, size):
+    """One key is 2^70 above the others; and its value, in bfloat16, is large too."""
+
+    def edit(q, k, v):
+        return jnp.abs(q), k.at[:, 3].set(16.0), v.at[:, 3].multiply(size)
+
+    sink = Adversary({}, edit=edit)
+    drawn = sample(sink)
+    narrow = {x: drawn.operands[x].astype(dtype) for x in ("query", "key", "value")}
+    drawn = replace(drawn, operands={**drawn.operands, **narrow})
+    pruned, unpruned = (
+        values(drawn, config=config, **OPTIONS) for config in (PRUNED, UNPRUNED)
+    )
+    assert_rounding(pruned, unpruned, truth(drawn)[0], OUTPUT_RATIO)
+
+
 def test_without_a_budget_everything_is_visited(no_budget):
     for name, share in no_budget(shares, Adversary())._asdict().items():
         assert (np.asarray(share) == 1).all(), f"{name} visits {share}"
@@ -256,6 +276,24 @@ def test_an_early_exit_is_not_noticed(name, settings):
         for prune in (True, False)
     )
     assert_rounded_apart(pruned, unpruned, truth(drawn))
+
+
+def test_a_key_loses_no_more_than_a_row():
+    """Every query leaves out the same key, which has 2^-26 of each one's weight."""
+    length, queries = 192, slice(64, None)
+    one = jnp.zeros((1, length, 1, 4)).at[..., 0].set(1.0)
+    near = jnp.zeros((length, 1), bool).at[0].set(True).at[32:64].set(True)
+    operands = {
+        "query": one,
+        "key": jnp.where(near[None, :, :, None], 20 * one, -20 * one),
+        "value": jnp.ones((1, length, 1, 1)),
+        "bias": CoALiBi(jnp.array([0.54])),
+    }
+    do = jnp.zeros((1, length, 1, 1)).at[:, queries].set(1.0)
+    drawn = Sample(operands, {}, {**CAUSAL, "scale": 1.0}, (do, do[..., 0]))
+    _, got = gradients(drawn, config=SMALL_CONTEXTUAL, **OPTIONS)
+    lost = np.abs(got["value"] - truth(drawn)[1]["value"])[0, 0, 0, 0]
+    assert lost <= walk.BUDGET, f"{lost / walk.BUDGET:.1f} budgets of a key"
 
 
 def test_an_early_exit_leaves_out_a_lot():

@@ -43,6 +43,7 @@ def headings() -> list[str]:
 
 PYTHON, SHELL = blocks("python"), blocks("sh")
 QUICK_START = next(iter(PYTHON))
+MOST_FOLDED = 10_000
 
 
 def run(name: str) -> dict[str, Any]:
@@ -58,9 +59,27 @@ def quick_start() -> dict[str, Any]:
     return run(QUICK_START)
 
 
+def folded(names: dict[str, Any]) -> set[str]:
+    """Large arrays that jitted functions read from outside: XLA folds constants."""
+    is_large = lambda x: isinstance(x, jax.Array) and x.size > MOST_FOLDED
+    return {
+        f"{name}: {read}"
+        for name, function in names.items()
+        if hasattr(function, "lower") and hasattr(function, "__wrapped__")
+        for read in function.__wrapped__.__code__.co_names
+        if any(map(is_large, jax.tree.leaves(names.get(read))))
+    }
+
+
+def test_what_a_jitted_function_folds_is_found():
+    names: dict[str, Any] = {"large": jnp.ones(MOST_FOLDED + 1), "jax": jax}
+    exec("f, g = jax.jit(lambda x: x + large), jax.jit(lambda large: large)", names)
+    assert folded(names) == {"f: large"}
+
+
 @pytest.mark.parametrize("name", PYTHON)
 def test_every_python_block_runs(name, capsys):
-    run(name)
+    assert not folded(run(name))
     printed = capsys.readouterr().out
     for line in PYTHON[name].splitlines():
         if line.startswith("print(") and "  # (" in line:  # the result stands beside it

@@ -21,7 +21,7 @@ from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.benchmark.training_step import StepCase, STEPS
-from pallas_attn.command import new_file, Parser, whole
+from pallas_attn.command import new_file, Parser, whole, write
 from pallas_attn.implementations import Implementation, NAMES
 
 
@@ -246,8 +246,7 @@ def _versions() -> dict[str, str]:
 
 def _write(report: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write(path, json.dumps(report, indent=1) + "\n")
 
 
 def _say(text: str) -> None:

@@ -33,6 +33,7 @@ class ALiBi(Bias):
     slopes: Float[Array, "*#B N"] = head_home()
 
     sided = True
+    hides = False
 
     def tile(self, t: Any) -> Any:
         """-slope |distance|, part by part."""

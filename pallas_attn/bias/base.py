@@ -105,6 +105,8 @@ class Bias:
     # fields along queries or keys may give every key of a row a value such as -1e9,
     # beside which float32 has no room: weights are told from the row's largest score
     steep = True
+    # values may be at or below -1e30, and take keys away, NaN included, as a mask does
+    hides = True
     # a field along keys holds running sums: its gradient is added up over keys, and
     # with it what rounding left of the sum of each row
     running = False

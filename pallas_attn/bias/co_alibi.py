@@ -34,6 +34,8 @@ class CoALiBi(Bias):
 
     slopes: Float[Array, "*#B N"] = head_home()
 
+    hides = False
+
     def materialise(
         self,
         query_positions: Int[Array, "*#BN T"],

@@ -110,7 +110,7 @@ class Gates(Bias):
 
     def tile(self, t: Any) -> Any:
         """The difference, for keys before the query."""
-        return _before(t, _of_sums(self) + (self.query_rest + self.key_rest))
+        return _before(t, _of_sums(self) + self.query_rest + self.key_rest)
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """At the first query and the last key; 0 where a key is not before a query."""
@@ -169,7 +169,7 @@ class Resets(Bias):
 
     def tile(self, t: Any) -> Any:
         """The difference, for keys before the query."""
-        return _before(t, _of_resets(self) + (self.query_rest + self.key_rest))
+        return _before(t, _of_resets(self) + self.query_rest + self.key_rest)
 
     def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         """At the first query and the last key; 0 where a key is not before a query."""
@@ -196,7 +196,7 @@ def _most(gates: Any, large: Any) -> Any:
     """
     most = {name: getattr(gates, name).most for name in gates.__dataclass_fields__}
     gates = type(gates)(**most)
-    return large(gates) + (gates.query_rest + gates.key_rest)
+    return large(gates) + gates.query_rest + gates.key_rest
 
 
 def _below(most: Any) -> Any:

@@ -10,28 +10,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_attn.poison import poisoned
+
 
 # Running sums: a number, what it lacks, and (unless `alone`) the sum of the resets,
 # which is in neither.
 Sums = tuple[Array, ...]
 
-# A log gate below -RESET is a reset: of it alone a weight is 0 beside any usual score.
+# A log gate below -RESET is a reset, whose sum may be a number of its own.
 RESET = 2.0**14
-# All resets of a row that stand among other gates add up to so much at most: a sum in
-# two float32 numbers is then known to 2^-20.
-ROOM = 2.0**30
+# Among other gates none acts as more: far above any score, and sums of 4096 such in two
+# float32 numbers are known to 2^-20.
+MOST = 2.0**18
 # What -inf acts as: the weight of everything before is 0, for -1e30 has none.
 FORGOTTEN = 2.0**100
 # Bits of a sum of resets; float32 has one more.
 RESET_BITS = 23
 
 # Bits of a piece, at most: products of such pieces with 1 are exact on any hardware.
-MOST_BITS = 8
-# Bits of the largest gate that are kept of all: 32768 gates beside a reset that takes
-# all of ROOM lose 2^-20.
-KEPT_BITS = {"float32": 64, "float64": 112}
-# Of the largest log gate; from there on no unit of a piece is subnormal.
-LEAST_EXPONENT = -48
+PIECE_BITS = 8
+# Bits that are kept of gates, from MOST down: a million of them lose 2^-19.
+KEPT_BITS = {"float32": 56, "float64": 72}
 # Gates whose sums are one product.
 RUN = 128
 
@@ -52,8 +51,8 @@ def running_sums(
         log_gate: A NaN spoils every later sum.
         starts: Where other sums begin: differences are wanted of none before with one
             after, and no NaN reaches across.
-        alone: Resets are wanted only to be far below all other numbers: where their
-            sum has no room beside other gates they are smaller. No third number then.
+        alone: Resets are wanted only to be far below all other numbers: none acts as
+            more than MOST. No third number then.
 
     Returns:
         The sums, what these lack, and the sums of resets; the gradient is the first's.
@@ -73,26 +72,23 @@ def _running(
     Those of any length fit the mantissa: no order of adding them up rounds.
     """
     room = jnp.finfo(log_gate.dtype).nmant + 1 - max(log_gate.shape[-1], 2).bit_length()
-    bits = room if log_gate.dtype == jnp.float64 else min(room, MOST_BITS)
+    bits = room if log_gate.dtype == jnp.float64 else min(room, PIECE_BITS)
     odd = jnp.isnan(log_gate)  # and so are all sums from there on, but none before
     size = jnp.minimum(jnp.where(odd, 0, -log_gate), FORGOTTEN)
     among, apart = _told_apart(size, alone)
 
-    kept = KEPT_BITS[log_gate.dtype.name]
-    top = among.max(-1, keepdims=True, initial=0)
-    exponent = jnp.maximum(jnp.frexp(top)[1], LEAST_EXPONENT)
-    pieces = [odd.astype(size.dtype), *_pieces(among, exponent, kept, bits)]
+    pieces = [odd.astype(size.dtype)]
+    pieces += _pieces(among, MOST, KEPT_BITS[log_gate.dtype.name], bits)
+    ordinary = len(pieces) - 1
     if apart is not None:
-        most = jnp.full_like(exponent, RESET_BITS)
-        pieces += _pieces(apart[0], most, RESET_BITS, bits)
+        pieces += _pieces(apart[0], 2.0**RESET_BITS, RESET_BITS, bits)
     count, *sums = jnp.unstack(_prefix(jnp.stack(pieces)))
     if starts is not None:
         before = jnp.where(starts, count - pieces[0], 0)
         count = count - lax.cummax(before, axis=count.ndim - 1)
 
-    ordinary = -(-kept // bits)
     high, low = _two_numbers(sums[:ordinary])
-    found = (jnp.where(count > 0, jnp.nan, -high), -low)
+    found = (poisoned(-high, count > 0), -low)
     if apart is None:
         return found
     return *found, -functools.reduce(jnp.add, sums[ordinary:]) * apart[1]
@@ -109,25 +105,23 @@ def _told_apart(
     size: Float[Array, "*axes S"], alone: bool
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """What is summed with other gates, and (counts, unit) of resets beside that."""
-    large = size > RESET
-    share = ROOM / jnp.maximum(large.sum(-1, keepdims=True, dtype=size.dtype), 1)
-    share = jnp.maximum(share, RESET)
     if alone:
-        return jnp.minimum(size, share), None
-    total = jnp.where(large, size, 0).sum(-1, keepdims=True)
+        return jnp.minimum(size, MOST), None
+    resets = jnp.where(size > RESET, size, 0)
+    total = resets.sum(-1, keepdims=True)
     exponent = jnp.maximum(jnp.frexp(total)[1], 0) - RESET_BITS
     unit = jnp.ldexp(jnp.ones_like(total), exponent)
-    counts = jnp.where(large, jnp.floor(size / unit), 0)
-    return jnp.minimum(size - counts * unit, share), (counts, unit)
+    counts = jnp.floor(resets / unit)
+    return jnp.minimum(size - counts * unit, MOST), (counts, unit)
 
 
 def _pieces(
-    x: Float[Array, "*axes S"], exponent: Array, kept: int, bits: int
+    x: Float[Array, "*axes S"], most: float, kept: int, bits: int
 ) -> list[Array]:
-    """What adds up to x, all below 2^exponent, but for what `kept` bits do not hold."""
+    """What adds up to x, at most `most`, but for what `kept` bits do not hold."""
     pieces = []
     for n in range(-(-kept // bits)):
-        unit = jnp.ldexp(jnp.ones_like(x[..., :1]), exponent - (n + 1) * bits)
+        unit = most * 2.0 ** (-(n + 1) * bits)
         pieces.append(jnp.round(x / unit) * unit)
         x = x - pieces[-1]
     return pieces

@@ -202,13 +202,13 @@ def segments(
 def offset(x: Any, sizes: Sizes) -> int | Int[Array, "*#B"]:
     """The position of query 0: an int, or int32 [] or one per batch element."""
     if isinstance(x, int | np.integer) and not isinstance(x, bool):
-        _near("query_offset", np.asarray(x), most=FARTHEST - sizes.T)
+        _near("query_offset", np.asarray(x), most=_last(sizes))
         return int(x)
     found = integers("query_offset", x)
     if found.ndim:
         advice = "Give an int, or one for each batch element."
         shape("query_offset", found, axes("#B", sizes), advice)
-    _near("query_offset", found, most=FARTHEST - sizes.T)
+    _near("query_offset", found, most=_last(sizes))
     return int32("query_offset", found)
 
 
@@ -245,6 +245,11 @@ def _placed(name: str, x: Any, letter: str, sizes: Sizes) -> Int[Array, "*#B #N 
     if found.ndim == len(rules[1]):
         found = jnp.expand_dims(found, -2)
     return found
+
+
+def _last(sizes: Sizes) -> int:
+    """The largest offset; of any length, if only an exported program knows it."""
+    return FARTHEST - sizes.T if isinstance(sizes.T, int) else FARTHEST
 
 
 def _near(name: str, x: Any, most: int) -> None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from pallas_attn.bias.base import Bias, homes, parts_of, Region
 from pallas_attn.checks.rules import kind
 
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # No two axes are alike: whatever turns, drops or joins one changes a shape.
 B, N, T, S = 2, 3, 5, 7
@@ -141,6 +143,8 @@ def _jaxprs(closed: ClosedJaxpr) -> Iterator[tuple[Jaxpr, list[Any]]]:
 
 
 def _within(jaxpr: Jaxpr, captured: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # which loads Pallas
+
     literals = (x.val for e in jaxpr.eqns for x in e.invars if isinstance(x, Literal))
     yield jaxpr, [*captured, *(x for x in literals if np.ndim(x))]
     for equation in jaxpr.eqns:
@@ -157,10 +161,10 @@ def _within(jaxpr: Jaxpr, captured: list[Any]) -> Iterator[tuple[Jaxpr, list[Any
 def _is_elementwise(equation: JaxprEqn) -> bool:
     """Whether an entry of the result is one of the arguments' at the same place."""
     name = equation.primitive.name
-    if name == "scan":  # a loop that counts, but not along an axis
-        held = equation.params["num_consts"] + equation.params["num_carry"]
-        carried = equation.params["num_carry"]
-        return len(equation.invars) == held and len(equation.outvars) == carried
+    if name == "scan":  # a loop that counts, but takes or leaves no slices of an axis
+        body = equation.params["jaxpr"].jaxpr
+        sides = [(equation.invars, body.invars), (equation.outvars, body.outvars)]
+        return all(list(map(_shape, x)) == list(map(_shape, y)) for x, y in sides)
     if name in CALLS:
         return True
     if name.startswith(BEYOND):

@@ -19,13 +19,13 @@ from rich.progress import (
 from rich.table import Table
 
 from pallas_attn.command import new_file, Parser, whole
-from pallas_attn.demo.check import biases, check, Checked, Sizes
 from pallas_attn.demo.model import CharacterModel
 from pallas_attn.demo.plot import draw, PICTURES
 from pallas_attn.demo.text import topics
 from pallas_attn.demo.training import Settings, train, Trained
-from pallas_attn.implementations import current_device, resolve
-from pallas_attn.testing.numerics import FORMULA
+from pallas_attn.implementations import Choice, current_device, Device, resolve
+from pallas_attn.verify.check import Verified, verify
+from pallas_attn.verify.rows import bias_rows, SIZES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     console = Console(highlight=False)
     settings = Settings(steps=options.steps, seed=options.seed)
-    sizes = Sizes(T=options.check_length)
     start = time.perf_counter()
     with jax.default_device(device):
-        say_what_runs(console, sizes)
-        right = check_biases(console, sizes, options.seed)
+        say_what_runs(console)
+        right = check_biases(console, options.check_length, options.seed)
         models = train_models(console, settings)
     learned = report(console, models, settings)
     draw(models, settings, options.output)
@@ -62,36 +61,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if right and learned else 1
 
 
-def say_what_runs(console: Console, sizes: Sizes) -> None:
+def say_what_runs(console: Console) -> None:
     """The device, the implementation, and why."""
-    device = current_device()
-    choice = resolve(None, device, dtype="float32", H=sizes.H, h=sizes.H)
+    device, choice = _chosen()
     console.rule("[bold]1  What runs here", align="left")
     console.print(f"Device: {device.kind}, as --device says; JAX {jax.__version__}.")
     reasons = choice.reason.replace(", and ", ",\n  and ").replace("; ", ";\n  ")
     console.print(f"Implementation: [bold]{choice.name}[/], because\n  {reasons}.")
 
 
-def check_biases(console: Console, sizes: Sizes, seed: int) -> bool:
+def check_biases(console: Console, length: int, seed: int) -> bool:
     """Checks every bias, and prints the table; whether all are right."""
-    shape = (sizes.B, sizes.T, sizes.N, sizes.H)
+    rows = bias_rows({"T": length, "S": length}, seed)
+    implementation = _chosen()[1].name
+    assert implementation is not None  # one of them runs anywhere
     console.print()
     console.rule("[bold]2  Every bias is right, forward and backward", align="left")
     console.print(
-        f"Query, key and value: float32 {list(shape)}. The truth: the dense\nreference "
-        "in float64. The peer: jax.nn.dot_product_attention, its bias an array;\n"
-        "Co-ALiBi depends on the scores and is none."
+        f"Queries and keys: {length}, float32. The truth: float64 in NumPy, its "
+        "gradients\nwritten out by hand, that shares no code with the library."
     )
     found = []
     with _progress(console) as progress:
-        task = progress.add_task("checking", total=len(biases(sizes, seed)))
-        for checked in check(sizes, seed):
-            found.append(checked)
-            progress.update(task, advance=1, description=f"checked {checked.name}")
+        task = progress.add_task("checking", total=len(rows))
+        for row in rows:
+            found.append(verify(row, implementation))
+            progress.update(task, advance=1, description=f"checked {row.name}")
     console.print(_table_of_errors(found))
     right = all(checked.passed for checked in found)
     console.print(
-        f"Is every relative error, |x - y| / |y|, within {FORMULA:g}? {_said(right)}"
+        f"Is every error what rounding explains, and every bit the same twice? "
+        f"{_said(right)}\nEvery normalizer, option and dtype on your device: "
+        "[bold]python -m pallas_attn verify[/]."
     )
     return right
 
@@ -155,7 +156,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--check-length",
         type=whole(1),
-        default=Sizes.T,
+        default=SIZES["T"],
         help="queries and keys checked",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
@@ -171,6 +172,12 @@ def _parser() -> Parser:
     return parser
 
 
+def _chosen() -> tuple[Device, Choice]:
+    device = current_device()
+    head = SIZES["H"]
+    return device, resolve(None, device, dtype="float32", H=head, h=head)
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -181,22 +188,14 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _table_of_errors(found: Sequence[Checked]) -> Table:
-    table = Table("bias, causal", title="Relative errors; milliseconds, ours / jax.nn")
-    for column in ("output", "gradients", "forward", "with backward"):
+def _table_of_errors(found: Sequence[Verified]) -> Table:
+    table = Table("bias, causal", title="Errors, in units of an array's largest entry")
+    for column in ("output", "gradients", "right"):
         table.add_column(column, justify="right", no_wrap=True)
     for checked in found:
         errors = (checked.output_error, checked.gradient_error)
-        taken = {run: f"{x:.1f}" for run, x in checked.milliseconds.items()}
-        times = (
-            (taken[f"ours {passes}"], taken.get(f"jax.nn {passes}", "-"))
-            for passes in ("forward", "both")
-        )
-        table.add_row(
-            _escape(checked.name),
-            *(f"{error:.1e}" for error in errors),
-            *(f"{ours} / {theirs:>5}" for ours, theirs in times),
-        )
+        said = _said(checked.passed)
+        table.add_row(_escape(checked.name), *(f"{x:.1e}" for x in errors), said)
     return table
 
 

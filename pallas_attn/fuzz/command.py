@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from pallas_attn.command import new_file, Parser, whole, write
 from pallas_attn.fuzz.draw import WANTED
 from pallas_attn.fuzz.job import Options, Result
 from pallas_attn.fuzz.kept import KEPT
-from pallas_attn.fuzz.plan import describe
+from pallas_attn.fuzz.plan import describe, Plan
 from pallas_attn.fuzz.pool import run_all
 from pallas_attn.fuzz.selfcheck import ALLOWED, gradient_gaps
 from pallas_attn.fuzz.shrink import shrink
@@ -42,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     seeds = range(given.seed, given.seed + given.count)
     if given.kept:
-        seeds = KEPT
+        seeds = KEPT["kernels" if "triton" in given.impl else "xla"]
     if given.selfcheck:
         return _selfcheck(seeds)
     options = Options(
         implementation=given.impl,
         values=given.values,
-        sets=tuple(given.sets.split(",")) if given.sets else (),
+        sets=given.sets,
         wanted=given.wanted,
-        facts=dict(_fact(text) for text in given.set),
+        facts=dict(given.set),
         repeat=not given.no_repeat,
         small_chunks=given.small_chunks,
         lists=given.lists,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(result)
     report.end()
     if given.json:
-        given.json.write_text(json.dumps(report.as_json(given.seed), indent=1) + "\n")
+        write(given.json, json.dumps(report.as_json(given.seed), indent=1) + "\n")
     return int(bool(report.failed))
 
 
@@ -128,8 +129,8 @@ class _Report:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m pallas_attn fuzz",
         description="Runs random whole calls, every argument and transformation, on "
         "normal, extreme and poisoned values, against a float64 truth in NumPy that "
@@ -139,17 +140,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--impl", default="xla", choices=IMPLEMENTATIONS, help="what to run")
-    add("--seed", type=int, default=0, help="the first one")
-    add("--count", type=int, default=100, help="of seeds")
+    add("--seed", type=whole(0), default=0, help="the first one")
+    add("--count", type=whole(1), default=100, help="of seeds")
     add("--minutes", type=float, default=0, help="start no call later; 0: no limit")
     cores = min(os.cpu_count() or 1, MOST_PROCESSES)
-    add("--processes", "--threads", type=int, default=cores, help="at a time")
-    add("--json", type=Path, help="where to write what was found")
-    add("--values", type=int, default=5, help="sets of values for a compiled call")
-    add("--sets", help="these sets of values alone, with commas")
+    add("--processes", "--threads", type=whole(1), default=cores, help="at a time")
+    add("--json", type=new_file((".json",)), help="where to write what was found")
+    add("--values", type=whole(1), default=5, help="sets of values for a compiled call")
+    add(
+        "--sets", type=_sets, default=(), help="these sets of values alone, with commas"
+    )
     add("--wanted", choices=WANTED, metavar="WHAT",
         help=f"what every call has: {', '.join(WANTED)}")  # fmt: skip
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
+    add("--set", type=_fact, action="append", default=[], metavar="NAME=VALUE",
         help="a fact of every plan (fuzz/plan.py), such as mask=None")  # fmt: skip
     add("--kept", action="store_true", help="the seeds that once failed")
     add("--shrink", action="store_true", help="make the failing --seed plain")
@@ -161,8 +164,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sets(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in (*SETS, *MORE):
+            raise argparse.ArgumentTypeError(
+                f"must be of {', '.join((*SETS, *MORE))}; got {name}"
+            )
+    return names
+
+
 def _fact(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
+    known = [x.name for x in dataclasses.fields(Plan)]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}; got {name}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

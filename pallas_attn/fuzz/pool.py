@@ -11,7 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -35,6 +35,7 @@ def run_all(
     *,
     deadline: float | None = None,
     most_seconds: float = MOST_SECONDS,
+    serve: Callable[[Connection, Options], None] | None = None,
 ) -> Iterator[Result]:
     """The result of every seed, in the order in which they end.
 
@@ -44,6 +45,7 @@ def run_all(
         processes: How many at a time.
         deadline: On `time.monotonic`'s clock: no call starts later.
         most_seconds: A call that takes longer is reported, and its process ended.
+        serve: What a process does; None: runs the seeds that it is sent.
     """
     rest = iter(seeds)
 
@@ -56,7 +58,7 @@ def run_all(
         for _ in range(processes):
             if (seed := next_seed()) is None:
                 break
-            workers.append(_Worker(options, seed))
+            workers.append(_Worker(options, seed, serve or _serve))
         while workers:
             pipes = {worker.pipe: worker for worker in workers}
             ready = [pipes[pipe] for pipe in wait(list(pipes), timeout=1.0)]
@@ -70,18 +72,23 @@ def run_all(
                 worker.end()
                 workers.remove(worker)
                 if seed is not None:
-                    workers.append(_Worker(options, seed))
+                    workers.append(_Worker(options, seed, serve or _serve))
 
 
 class _Worker:
     """A process, the seed that it runs, and whether it can run another."""
 
-    def __init__(self, options: Options, seed: int):
+    def __init__(
+        self,
+        options: Options,
+        seed: int,
+        serve: Callable[[Connection, Options], None],
+    ):
         context = multiprocessing.get_context("spawn")
         self.options = options
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, options), daemon=True
+            target=serve, args=(theirs, options), daemon=True
         )
         self.process.start()
         theirs.close()  # so that its end is seen

@@ -147,7 +147,7 @@ def _unpacked(plan: Plan, given: Given) -> dict[str, Any]:
     return {"query": query, "key": key, "value": value, **more, **flat}
 
 
-def _caller(plan: Plan, implementation: str) -> Callable[[Given, Any], Any]:
+def _caller(plan: Plan, implementation: Any) -> Callable[[Given, Any], Any]:
     def call(given: Given, conditions: Any) -> Any:
         query, key, value, bias, more = given
         conditions = dict(conditions)

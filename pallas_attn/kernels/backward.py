@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.again import (
+    again,
+    masked,
+    over,
+    over_keys,
+    over_queries,
+    spoiled,
+)
 from pallas_attn.kernels.dropout import rescale
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import (
     frame_of,
     key_tile,
+    keys_of,
     queries_of,
     query_tile,
     report,
@@ -87,7 +97,15 @@ def rows_kernel(
         "sums": sums if summed else (),
     }
     own = Own(q, qs, stats)
-    state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
+    first = state
+    state, visits = blocks.over_keys(t0, ops, held, own, plan, step, first)
+    if plan.hides:
+
+        def redo() -> Any:
+            look = lambda t, state: step(masked(t, ops.added, held), state)
+            return over_keys(t0, keys_of(t0, False).span, look, first)
+
+        state = again(spoiled(state["dq"]), redo, state)
     # In an empty row 0 may have met a query that is not finite.
     some = stats.some
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
@@ -123,14 +141,16 @@ def cols_kernel(
     x0 = key_tile(ops.sight, call, plan, "cols")
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
-    k, v = x0.keys(ops.k), x0.keys(ops.v)
+    own = x0.keys(ops.k), x0.keys(ops.v)
     ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
         return x if plan.flip else x.T
 
-    def of_head(h: Any, state: Any) -> Any:
+    def of_head(h: Any, state: Any, look: bool = False) -> Any:
         t0 = replace(x0, h=h)
+        # Read again for a second look, or the first would keep them in two layouts.
+        k, v = (x0.keys(ops.k), x0.keys(ops.v)) if look else own
         ks, held = [t0.keys(y) for _, y in products], hold(ops.added, t0, ("", "k"))
 
         def step(t: Tile, state: Any) -> Any:
@@ -170,8 +190,13 @@ def cols_kernel(
             "db": {x: zeros(bk, products[x][1]) for x in plan.db},
             "fields": {f: jnp.zeros((bk,), f32) for f in plan.col_fields},
         }
-        state, visits = blocks.over_queries(t0, ops, held, plan, step, state)
-        if plan.store:  # no query of these blocks sees these keys
+        if look:
+            careful = lambda t, state: step(masked(t, ops.added, held), state)
+            state = over_queries(t0, queries_of(t0, False).span, careful, state)
+        else:
+            state, visits = blocks.over_queries(t0, ops, held, plan, step, state)
+            report(out["visits"], t0, t0.k0 // i32(bk), visits)
+        if plan.store and not look:  # no query of these blocks sees these keys
             span = queries_of(t0, plan.two).span
             for lo, hi in ((0, span[0]), (span[1], pl.cdiv(call.T, bq))):
                 if not (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
@@ -180,14 +205,19 @@ def cols_kernel(
             t0.put_keys(out["db"][x], t0.keep_keys(y * call.scale))
         for f, y in state.pop("fields").items():
             t0.put_key_stat(out["fields"][f], t0.keep_keys(y))
-        report(out["visits"], t0, t0.k0 // i32(bk), visits)
         return state
 
-    state = {"dv": zeros(bk, ops.v)} | ({"dk": zeros(bk, ops.k)} if plan.dk else {})
-    if call.G == 1:
-        state = of_head(first, state)
-    else:
-        state = lax.fori_loop(first, first + call.G, of_head, state)
+    def of_heads(look: bool = False) -> Any:
+        state = {"dv": zeros(bk, ops.v)} | ({"dk": zeros(bk, ops.k)} if plan.dk else {})
+        one = functools.partial(of_head, look=look)
+        if call.G == 1:
+            return one(first, state)
+        return lax.fori_loop(first, first + call.G, one, state)
+
+    state = of_heads()
+    if plan.hides:
+        wrong = spoiled(*own, state["dv"])
+        state = again(wrong, lambda: of_heads(look=True), state)
     dv = state["dv"] * rescale(call) if call.dropout else state["dv"]
     x0.put_keys(out["dv"], x0.keep_keys(dv))
     if plan.dk:
@@ -241,12 +271,18 @@ def tiles_kernel(
         grad = pullback(terms, (field,), t)(ds)[field]
         return acc + (grad if visible is None else jnp.where(visible, grad, 0.0))
 
-    def body(y: Any, acc: jax.Array) -> jax.Array:
+    def sharer(y: Any) -> Tile:
         b = b0 if own_b > 1 else (y if own_h > 1 else y // call.N)
-        h = h0 if own_h > 1 else y % call.N
-        return blocks.at(at(b, h), add, acc)
+        return at(b, h0 if own_h > 1 else y % call.N)
+
+    def body(y: Any, acc: jax.Array) -> jax.Array:
+        return blocks.at(sharer(y), add, acc)
 
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)
-    acc = lax.fori_loop(i32(lo), i32(hi), body, jnp.zeros((bq, bk), f32))
+    zero = jnp.zeros((bq, bk), f32)
+    acc = lax.fori_loop(i32(lo), i32(hi), body, zero)
+    if plan.hides:
+        tile_at = lambda y: masked(sharer(y), ops.added, held)
+        acc = again(spoiled(acc), lambda: over((lo, hi), 1, tile_at, add, zero), acc)
     t0.put_pair(out, acc, run * own_b + b0, h0)

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
+from pallas_attn.kernels.again import again, masked, over_keys, spoiled
 from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.instructions import exp2
 from pallas_attn.kernels.operands import Operands
@@ -54,7 +55,7 @@ def forward_kernel(
     def power(x: jax.Array) -> jax.Array:
         return exp2(call, x)
 
-    def scores(t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def scores(t: Tile, q: jax.Array = q) -> tuple[jax.Array, jax.Array, Any]:
         return row_scores(t, q, qs, ops.k, ops.added, held)
 
     def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
@@ -62,9 +63,9 @@ def forward_kernel(
         weights = weights if drop is None else drop(weights)
         return t.dot(weights.astype(v.dtype), v)
 
-    def online(t: Tile, state: Any) -> Any:
+    def online(t: Tile, state: Any, q: jax.Array = q) -> Any:
         acc, m, l = state
-        x, row, visible = scores(t)
+        x, row, visible = scores(t, q)
         weights, old, m = rescaled(m, x, row, mul, power, plan.large)
         acc = acc * old[:, None] + weighted(t, weights, visible)
         return acc, m, l * old + jnp.sum(weights, 1)
@@ -114,6 +115,16 @@ def forward_kernel(
             return online(at_keys(t0, j, side, edge=veiled), state)
 
         acc, base, l = far.loop(rest, (acc, m, l))
+    if plan.hides:
+
+        def redo() -> Any:
+            # The queries are read in each step: registers are the first look's.
+            def look(t: Tile, state: Any) -> Any:
+                return online(masked(t, ops.added, held), state, t.rows(ops.q))
+
+            return over_keys(t0, w.span, look, state)
+
+        acc, base, l = again(spoiled(acc, l), redo, (acc, base, l))
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)

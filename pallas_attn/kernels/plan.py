@@ -27,6 +27,7 @@ class Plan:
     """The passes of a call. A pass owns each gradient it is listed with, alone."""
 
     pruned: bool
+    hides: bool  # a term may take keys away, whatever they hold
     large: bool  # no digit may be lost to the size of scores: lse is kept in two
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
@@ -72,6 +73,7 @@ def plan(
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
     forward = Plan(
         pruned=pruned,
+        hides=any(term.hides for term in added.terms),
         # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
         large=call.dtype != "bfloat16"
         or any(span(added, f) and added.terms[f[0]].steep for f in every),

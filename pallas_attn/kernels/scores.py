@@ -49,7 +49,7 @@ def uncapped(
 ) -> jax.Array:
     """The gradient of q.k from that of the capped scores."""
     dqk = ds * slope
-    if visible is not None and t.sight.veiled:  # 0 * NaN of what nobody sees
+    if visible is not None and t.veiled:  # 0 * NaN of what nobody sees
         dqk = jnp.where(visible, dqk, 0.0)
     return dqk
 
@@ -143,7 +143,7 @@ def weights_and_ds(
     if drop is not None:
         p, dp = drop(p), drop(dp * rescale(t.call))
     ds = score_gradient(u, dp, t.along_q(stats.delta))
-    if visible is not None and t.sight.veiled:  # 0 * NaN of what nobody sees
+    if visible is not None and t.veiled:  # 0 * NaN of what nobody sees
         ds = jnp.where(visible, ds, 0.0)
     dqk = ds if slope is None else uncapped(t, ds, slope, visible)
     return Graded(p, u, ds, dqk, visible)

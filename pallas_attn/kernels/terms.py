@@ -75,11 +75,15 @@ def hold(added: Added, t: Tile, spans: Iterable[str]) -> dict[Field, Any]:
     }
 
 
+def loaded(added: Added, t: Tile, held: dict[Field, Any]) -> dict[Field, Any]:
+    """The fields that are not in `held`, on this tile."""
+    every = fields(added)
+    return {f: t.field(home(added, f), x) for f, x in every.items() if f not in held}
+
+
 def on_tile(added: Added, t: Tile, held: dict[Field, Any]) -> tuple[Bias, ...]:
     """The terms with their fields loaded on this tile, those in `held` as they are."""
-    rest = {
-        f: t.field(home(added, f), x) for f, x in fields(added).items() if f not in held
-    }
+    rest = loaded(added, t, held)
     if not all(is_identity(added, f) for f in rest):
         # A derivative of what nobody sees may not be finite; 0 times it is not 0.
         visible = t.visible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels import walk
+from pallas_attn.kernels.again import again, over_keys, over_queries, spoiled
 from pallas_attn.kernels.owner import key_tile, keys_of, queries_of, query_tile
 from pallas_attn.kernels.plan import Plan
 from pallas_attn.kernels.tile import at_keys, at_queries, Tile, zeros
@@ -30,7 +32,16 @@ def thin_rows_kernel(
         y = t.seen_keys(_veil(t), t.keys(y_ref))
         return acc + t.dot(t.pair(ds_ref).astype(y.dtype), y)
 
-    acc = _thin_loop(w, t0, at_keys, step, zeros(t0.bq, y_ref))
+    def look(t: Tile, acc: jax.Array) -> jax.Array:
+        ds = t.pair(ds_ref)
+        t = replace(t, taken=ds == 0)
+        y = t.seen_keys(t.visible, t.keys(y_ref))
+        return acc + t.dot(ds.astype(y.dtype), y)
+
+    zero = zeros(t0.bq, y_ref)
+    acc = _thin_loop(w, t0, at_keys, step, zero)
+    redo = lambda: over_keys(t0, w.span, look, zero)
+    acc = again(spoiled(acc), redo, acc)
     t0.put_rows(out, acc * call.scale)
 
 
@@ -41,18 +52,31 @@ def thin_cols_kernel(
     t0 = key_tile(sight, call, plan, "thin_cols")
     w, first = queries_of(t0, two=False), t0.h
 
-    def of_head(h: Any, acc: jax.Array) -> jax.Array:
+    def of_head(h: Any, acc: jax.Array, *, look: bool) -> jax.Array:
+        t1 = replace(t0, h=h)
+
         def step(t: Tile, acc: jax.Array) -> jax.Array:
             y = t.seen_queries(_veil(t), t.rows(y_ref))
             return acc + t.dot(t.pair(ds_ref).astype(y.dtype).T, y)
 
-        return _thin_loop(w, replace(t0, h=h), at_queries, step, acc)
+        def careful(t: Tile, acc: jax.Array) -> jax.Array:
+            ds = t.pair(ds_ref)
+            t = replace(t, taken=ds == 0)
+            y = t.seen_queries(t.visible, t.rows(y_ref))
+            return acc + t.dot(ds.astype(y.dtype).T, y)
 
-    acc = zeros(t0.bk, y_ref)
-    if call.G == 1:
-        acc = of_head(first, acc)
-    else:
-        acc = lax.fori_loop(first, first + call.G, of_head, acc)
+        if look:
+            return over_queries(t1, w.span, careful, acc)
+        return _thin_loop(w, t1, at_queries, step, acc)
+
+    def of_heads(look: bool = False) -> jax.Array:
+        one, acc = functools.partial(of_head, look=look), zeros(t0.bk, y_ref)
+        if call.G == 1:
+            return one(first, acc)
+        return lax.fori_loop(first, first + call.G, one, acc)
+
+    acc = of_heads()
+    acc = again(spoiled(acc), lambda: of_heads(look=True), acc)
     t0.put_keys(out, acc * call.scale)
 
 

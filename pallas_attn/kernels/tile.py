@@ -44,6 +44,7 @@ class Tile:
     flip: bool = False
     edge: bool = True
     loaded: tuple[jax.Array, jax.Array] | None = None  # explicit positions, if read
+    taken: jax.Array | None = None  # [tile]: pairs without weight, where one asked
 
     # What a term may use.
 
@@ -68,16 +69,17 @@ class Tile:
 
     @property
     def away(self) -> tuple[jax.Array, ...]:
-        """|distance|; on a known side a number, one per query and one per key.
+        """|distance| of visible pairs; on a known side a number, one per query and key.
 
-        Of one sign, so that none is larger than the distance: nothing cancels.
+        Those are of one sign and none is larger than the distance: nothing cancels.
         """
         side = self.side
-        if self.sight.arrays.placed:  # -2^31 stands for 2^31 too
-            away = self.query_position - self.key_position
-            return (jnp.abs(away.astype(f32)),)
-        if isinstance(side, int) and not side:
-            return (jnp.abs(self.distance),)
+        if self.sight.arrays.placed and not self.call.causal:
+            # -2^31 stands for 2^31 too
+            return (jnp.abs((self.query_position - self.key_position).astype(f32)),)
+        if self.sight.arrays.placed or (isinstance(side, int) and not side):
+            # not |x| where it changes nothing: it costs registers
+            return (self.distance if self.call.causal else jnp.abs(self.distance),)
         # from the nearest pair: the first query and the last key, or the reverse
         queries = (1 - side) * 0.5 * (self.bq - 1)
         keys = (1 + side) * 0.5 * (self.bk - 1)
@@ -111,6 +113,11 @@ class Tile:
         return x[:, None] if self.flip else x[None, :]
 
     @property
+    def veiled(self) -> bool:
+        """Whether it may have invisible pairs in places that only arrays tell."""
+        return self.sight.veiled or self.taken is not None
+
+    @property
     def visible(self) -> jax.Array | None:
         """Which pairs may attend, [tile]; None if that hides nothing here."""
         call, arrays, checks = self.call, self.sight.arrays, []
@@ -120,7 +127,7 @@ class Tile:
             k = self.k0 + jnp.arange(self.bk, dtype=i32)
             checks.append(self.along_k(k < self.frame.keys[1]))
         # Rows past the last query see nothing; it matters where keys are blanked.
-        step = self.bq if self.sight.veiled else 1
+        step = self.bq if self.veiled else 1
         if not cut_evenly(self.frame.queries, call.T, step):
             checks.append(self.along_q(self.inside_rows()))
         if call.causal or call.window:
@@ -135,6 +142,8 @@ class Tile:
             checks.append(self.along_q(q) == self.along_k(k))
         if arrays.mask is not None:
             checks.append(self._pair_any(arrays.mask, turned=False).astype(bool))
+        if self.taken is not None:
+            checks.append(~self.taken)
         if not checks:
             return None
         return jnp.broadcast_to(functools.reduce(jnp.logical_and, checks), self.shape)
@@ -346,10 +355,12 @@ class Tile:
         return plgpu.load(ref.at[b, h, zero, zero])
 
     def _guard(self, visible: Any, axis: int, x: jax.Array) -> jax.Array:
-        if visible is None or not self.sight.veiled:
+        if visible is None or not self.veiled:
             return x
-        seen = jnp.max(visible.astype(i32), axis) > 0
-        return jnp.where(_column(seen, x.ndim), x, jnp.zeros_like(x))
+        seen = jnp.max(visible.astype(i32), axis)
+        if self.taken is not None and x.ndim > 1:
+            return _kept(seen, x)
+        return jnp.where(_column(seen > 0, x.ndim), x, jnp.zeros_like(x))
 
 
 def at_keys(tile: Tile, j: Any, side: Any, edge: bool) -> Tile:
@@ -426,6 +437,17 @@ def _within(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> jax.Array | 
 def _column(x: jax.Array, ndim: int) -> jax.Array:
     """A vector, or the same as a column."""
     return x if ndim == 1 else x[:, None]
+
+
+def _kept(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows of x, 0 where keep (of 0 and 1) is 0.
+
+    By their bits: Triton's layouts of a product's operand take no column of predicates.
+    """
+    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, integer)
+    bits = bits & (0 - keep).astype(integer)[:, None]
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _both(checks: list[jax.Array], shape: tuple[int, ...]) -> jax.Array | None:

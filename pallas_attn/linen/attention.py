@@ -25,6 +25,7 @@ from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
 from pallas_attn.linen.mask import spoiled, truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.poison import poisoned
 from pallas_attn.shapes import Sizes
 
 
@@ -259,10 +260,7 @@ class MultiHeadAttention(nn.Module):
         x = attended(call, return_residual=False)
         x = spoiled(mask, x)
         if slot is not None:
-            at_home = (~slot.homeless[..., None, None]).astype(x.dtype)
-            x = x * (
-                at_home / at_home
-            )  # 1, or NaN: none is computed where there is none
+            x = poisoned(x, slot.homeless[..., None, None])
         return self._out(x, self.out_features or inputs_q.shape[-1])
 
     def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

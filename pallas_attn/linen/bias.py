@@ -185,12 +185,8 @@ def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
                 f"{kind(made)}."
             )
         return made
-    if isinstance(bias, list | tuple):  # flax makes tuples of lists
-        raise TypeError(
-            f"`{name}` must be one bias; got several, in a list or tuple. Add them: "
-            "`a + b`."
-        )
-    if isinstance(bias, nn.Module | type | FunctionType):
+    # flax makes tuples of lists
+    if isinstance(bias, nn.Module | type | FunctionType | list | tuple):
         raise TypeError(
             f"`{name}` must be a bias; got {kind(bias)}. Give a bias value, an array, "
             "a bias module (a BiasModule), or a sum of them, `a + b`."

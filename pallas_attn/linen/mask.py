@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.checks.rules import array, kind, known
+from pallas_attn.poison import poisoned
 
 
 def truth(mask: Any) -> Bool[Array, ...] | None:
@@ -41,4 +41,4 @@ def spoiled(mask: Any, x: Float[Array, "*B T N h"]) -> Float[Array, "*B T N h"]:
         return x
     wrong = (~(found >= 0)).any(tuple(range(-min(found.ndim, 3), 0)))  # of each batch
     left = (1,) * (x.ndim - 3 - wrong.ndim)
-    return jnp.where(wrong.reshape(*left, *wrong.shape, 1, 1, 1), jnp.nan, x)
+    return poisoned(x, wrong.reshape(*left, *wrong.shape, 1, 1, 1))

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.flax_state import serializable
 from pallas_attn.normalizers.softmax import LOG2E
+from pallas_attn.shown import with_fields
 
 
 f32 = jnp.float32
@@ -77,6 +78,9 @@ class Entmax:
     alpha: float | Float[Array, " N"] = 1.5
     top_k: int | None = None
 
+    def __repr__(self) -> str:
+        return with_fields(self)
+
     # Whether a tree with alpha as a leaf was unflattened into this.
     _mapped: ClassVar[bool] = False
 
@@ -97,7 +101,8 @@ def _unflatten(static: tuple[Any, ...], data: Iterable[Any]) -> Entmax:
     alpha, top_k = static
     if alpha is not None:
         return Entmax(alpha, top_k)
-    mapped = Entmax(*data, top_k)
+    (leaf,) = data
+    mapped = Entmax(leaf, top_k)
     object.__setattr__(mapped, "_mapped", True)
     return mapped
 

@@ -19,11 +19,10 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from pallas_attn.call import Call
-from pallas_attn.placement.explicit import Layout, Names, part
+from pallas_attn.placement.explicit import Layout, Names, names_of, part
 from pallas_attn.placement.letters import axes_of, leaves
 from pallas_attn.placement.names import named
 from pallas_attn.placement.once import once
@@ -63,18 +62,21 @@ def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
 
     whole, found = pulled.traced(call, None, flat)
     outs, places = _distinct(whole.jaxpr, len(flat))
-    results = [whole.out_avals[i] for i in outs]
-    count = len(whole.out_avals) - found.size
-    made = pulled.letters(call, flat, letters, results, outs, count)
+    every: list[Any] = list(whole.out_avals)
+    results = [every[i] for i in outs]
+    count = len(every) - found.size
+    made = pulled.letters(call, flat, letters, results, outs)
     scalar = [not x.shape for x in results]
 
     def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
         if layout is None:
-            every, size = jaxpr_as_fun(whole)(*flat), call
+            from jax.extend.core import jaxpr_as_fun  # which loads Pallas
+
+            values, size = jaxpr_as_fun(whole)(*flat), call
         else:
-            every, size = pulled.run(call, layout, flat)[0], _small(call, layout)
+            values, size = pulled.run(call, layout, flat)[0], _small(call, layout)
         boxed = (
-            jnp.broadcast_to(every[i], (size.B, size.N)) if s else every[i]
+            jnp.broadcast_to(values[i], (size.B, size.N)) if s else values[i]
             for i, s in zip(outs, scalar, strict=True)
         )
         return tuple(boxed)
@@ -93,7 +95,7 @@ def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
         letters,
         found.tree,
         tuple(pool_letters[i] for i in places[count:]),
-        tuple(not whole.out_avals[i].shape for i in range(count, len(places))),
+        tuple(not x.shape for x in every[count:]),
     )
     returned = tuple(pool[i] for i in places[:count])
     return returned, jax.tree_util.Partial(back, kept)
@@ -164,13 +166,18 @@ class Pulled:
         letters: Sequence[str],
         results: Sequence[Any],
         places: Sequence[int],
-        count: int,
     ) -> list[str]:
-        """The letters of results at some places, by the axes that follow the call's."""
-        more = {"B": ENTRIES if call.B > 1 else 1, "N": HEADS}
-        more["K"] = HEADS if call.K > 1 else 1
+        """The letters of results at some places, by the axes that grow with a call's.
+
+        Scalars become [B, N], one for each device's part.
+        """
+        more = {
+            "B": ENTRIES if call.B > 1 else 1,
+            "N": HEADS if call.N > 1 else 1,
+            "K": HEADS if call.K > 1 else 1,
+        }
         large = replace(
-            call, B=call.B * more["B"], N=call.N * HEADS, K=call.K * more["K"]
+            call, B=call.B * more["B"], N=call.N * more["N"], K=call.K * more["K"]
         )
 
         def grown(x: Any, letters: str) -> jax.ShapeDtypeStruct:
@@ -180,9 +187,6 @@ class Pulled:
             ]
             return jax.ShapeDtypeStruct((*shape, *x.shape[len(shape) :]), x.dtype)
 
-        # one head alone: its arrays that have one of each are no longer shared
-        if call.N == 1:
-            large, more = replace(large, N=call.N, K=call.K), {**more, "N": 1, "K": 1}
         inputs = [grown(x, a) for x, a in zip(flat, letters, strict=True)]
         values = jax.eval_shape(lambda *x: self.run(large, None, x)[0], *inputs)
 
@@ -201,7 +205,6 @@ class Pulled:
                 continue
             axes = zip(x.shape, values[i].shape, strict=True)
             made.append("".join(follows(*sizes) for sizes in axes))
-        del count
         return made
 
 
@@ -219,10 +222,7 @@ class Back:
 
     def __call__(self, kept: Sequence[Any], cotangents: Any) -> Any:
         """The gradient of every array; None where nobody asked."""
-        given = [
-            jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(x, SymbolicZero) else x
-            for x in cotangents
-        ]
+        given = [_instantiated(x) for x in cotangents]
         asked = [i for i, a in enumerate(self.pulled.asked) if a]
         flat = [
             jnp.broadcast_to(x, (self.call.B, self.call.N)) if x.ndim == 0 else x
@@ -307,12 +307,12 @@ def partitioned(
         return mesh, functools.partial(run, layout), after, before
 
     rule, sizes, alone = _rule(call, flat, letters, results, made)
+    more: dict[str, Any] = {"need_replication_factors": alone, **sizes}
     split.def_partition(
         partition=partition,
         infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[1],
         sharding_rule=rule,
-        need_replication_factors=alone,
-        **sizes,
+        **more,
     )
     mapped: Any = custom_vmap(lambda *flat: split(*flat))
 
@@ -366,7 +366,7 @@ def _layout(mesh: Any, args: Any, letters: Sequence[str], call: Call) -> Layout:
         spec = getattr(x.sharding, "spec", ())
         for letter, entry in zip(axes, spec, strict=False):
             if entry is not None and letter in found and not found[letter]:
-                found[letter] = entry if isinstance(entry, tuple) else (entry,)
+                found[letter] = names_of(entry)
 
     def fitting(names: Names, *sizes: int) -> Names:
         while any(n % Layout(mesh, names, ()).entries for n in sizes):
@@ -388,16 +388,23 @@ def _small(call: Call, layout: Layout) -> Call:
 
 def _local(shape: Sequence[int], layout: Layout, letters: str) -> tuple[int, ...]:
     spec = layout.spec(letters, tuple(shape))
-    parts = [Layout(layout.mesh, names or (), ()).entries for names in spec]
+    parts = [Layout(layout.mesh, names_of(entry), ()).entries for entry in spec]
     parts += [1] * (len(shape) - len(parts))
     return tuple(n // p for n, p in zip(shape, parts, strict=True))
 
 
 def _summed(g: Any, layout: Layout, spec: Any) -> Any:
     """A gradient, summed over the devices that share its array."""
-    used = {name for names in spec for name in names or ()}
+    used = {name for entry in spec for name in names_of(entry)}
     shared = tuple(a for a in (*layout.batch, *layout.heads) if a not in used)
     return lax.psum(g, shared) if shared else g
+
+
+def _instantiated(x: Any) -> Any:
+    if not isinstance(x, SymbolicZero):
+        return x
+    zero: Any = x.aval
+    return jnp.zeros(zero.shape, zero.dtype)
 
 
 def _asked(marked: Any) -> Any:

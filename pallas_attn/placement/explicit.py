@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from pallas_attn.call import Call
 from pallas_attn.dropout import seed_of_all
-from pallas_attn.placement.letters import Axes, axes_of, leaves, mapped
+from pallas_attn.placement.letters import Axes, axes_of, leaves
 from pallas_attn.placement.varying import lifted
 
 
@@ -59,6 +59,13 @@ class Layout:
         return PartitionSpec(*map(names, letters, shape))
 
 
+def names_of(entry: Any) -> Names:
+    """The mesh axes of an entry of a partition spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
 def layout_of(arrays: list[Any]) -> Layout | None:
     """How a call lies on an explicit mesh; None: on none, or whole on each device.
 
@@ -70,8 +77,7 @@ def layout_of(arrays: list[Any]) -> Layout | None:
     for x, axes in leaves(arrays, axes_of(arrays)):
         sharding: Any = jax.typeof(x).sharding
         for letter, entry in zip(axes.letters, sharding.spec, strict=False):
-            names = entry if isinstance(entry, tuple) else (entry,)
-            if entry is None or not names:
+            if not (names := names_of(entry)):
                 continue
             mesh = sharding.mesh
             _only_batch_and_heads(axes, letter, names)
@@ -112,10 +118,7 @@ def spread(
     """
     arrays = counted(arrays, call)
     axes = axes_of(arrays)
-    specs = mapped(lambda x, a: layout.spec(a.letters, x.shape), arrays, axes)
-    arrays = jax.tree.map(
-        lambda x, spec: jax.reshard(x, NamedSharding(layout.mesh, spec)), arrays, specs
-    )
+    specs = jax.tree.map(_spec, arrays)
     explicit = {
         name
         for name, kind in zip(
@@ -123,13 +126,20 @@ def spread(
         )
         if kind == AxisType.Explicit
     }
+    wholes, tree = jax.tree.flatten(_bare(arrays))
     shapes = jax.eval_shape(lambda *x: function(*x, call), *_bare(arrays))
     letters = {2: "BN", 3: "BTN", 4: "BTNh"}
     outs = jax.tree.map(lambda x: layout.spec(letters[x.ndim], x.shape), shapes)
 
     def local(*arrays: Any) -> tuple[Any, ...]:
         used = frozenset((*layout.batch, *layout.heads))
-        mine, small = part(list(lifted(arrays, used)), call, layout)
+        own = [
+            _own(x, whole.shape, a.letters, layout)
+            for (x, a), whole in zip(
+                leaves(lifted(arrays, used), axes), wholes, strict=True
+            )
+        ]
+        mine, small = part(jax.tree.unflatten(tree, own), call, layout)
         return lifted(tuple(function(*mine, small)), used)
 
     run = jax.shard_map(
@@ -167,6 +177,26 @@ def counted(arrays: list[Any], call: Call) -> list[Any]:
         return arrays
     seed = seed_of_all(visibility.seed, call)
     return [*rest, replace(visibility, seed=seed)]
+
+
+def _spec(x: Any) -> PartitionSpec:
+    """How an array lies, as its type says."""
+    sharding: Any = jax.typeof(x).sharding
+    return PartitionSpec(*sharding.spec)
+
+
+def _own(x: Any, shape: tuple[int, ...], letters: str, layout: Layout) -> Any:
+    """A device's part of an array of a shape, which may lie on it whole.
+
+    Cut here, so that its gradient is summed over devices and never gathered.
+    """
+    for axis, entry in enumerate(layout.spec(letters, shape)):
+        names = names_of(entry)
+        parts = math.prod(layout.mesh.shape[a] for a in names)
+        if parts > 1 and x.shape[axis] == shape[axis]:
+            size = shape[axis] // parts
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * size, size, axis)
+    return x
 
 
 def _bare(arrays: Any) -> Any:

@@ -48,10 +48,9 @@ class Axes(NamedTuple):
 def axes_of(arrays: list[Any]) -> list[Any]:
     """The axes of [query, key, value, bias, (alpha,) visibility], as a tree like it.
 
-    Only `jax.tree.map(f, arrays, axes)` reads it: leaves are `Axes`.
+    Only `leaves` reads it.
     """
-    query, key, value, bias, *alpha, visibility = arrays
-    del query, key, value
+    bias, *alpha, visibility = arrays[3:]
     found: list[Any] = [
         Axes("query", "BTNH"),
         Axes("key", "BSKH"),
@@ -66,12 +65,6 @@ def leaves(arrays: Any, axes: Any) -> list[tuple[Any, Axes]]:
     """Every array with its axes."""
     every = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, Axes))
     return list(zip(jax.tree.leaves(arrays), every, strict=True))
-
-
-def mapped(f: Any, arrays: Any, axes: Any) -> Any:
-    """The tree of f(array, its axes)."""
-    made = [f(x, a) for x, a in leaves(arrays, axes)]
-    return jax.tree.unflatten(jax.tree.structure(arrays), made)
 
 
 def _of_bias(bias: Added | CoALiBi) -> Any:

@@ -14,6 +14,7 @@ from pallas_attn.implementations import current_device, Device
 from pallas_attn.placement import automatic, explicit
 from pallas_attn.placement.explicit import layout_of
 from pallas_attn.placement.names import named
+from pallas_attn.placement.symbolic import is_symbolic, one_by_one
 from pallas_attn.placement.varying import in_shard_map, lifted, varying
 
 
@@ -63,10 +64,14 @@ def _placed(
     """The results on one device, or each device its batch entries and heads."""
     if (layout := layout_of(arrays)) is not None:
         return explicit.spread(results, arrays, call, layout)
-    alone = jax.device_count() == 1 or device.abstract or in_shard_map()
+    if results.kernels and is_symbolic(call):
+        return one_by_one(results, arrays, call)
+    # an abstract device without a mesh: lowered for a machine that is not this one
+    elsewhere = device.abstract and jax.sharding.get_abstract_mesh().size == 1
+    alone = jax.device_count() == 1 or elsewhere or in_shard_map()
     if results.kernels and not alone:
         return automatic.attend(results, call, explicit.counted(arrays, call))
     return results(*lifted(arrays, varying(arrays)), call)
 
 
-compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2), inline=True)
+compiled: Any = jax.jit(_placed, static_argnums=(0, 1, 2))

@@ -14,10 +14,7 @@ from jax import lax
 
 def varying(tree: Any) -> frozenset[Any]:
     """The mesh axes over which some array of a tree varies; none outside shard_map."""
-    found = [
-        jax.typeof(x).manual_axis_type.varying  # pyright: ignore[reportAttributeAccessIssue]
-        for x in jax.tree.leaves(tree)
-    ]
+    found = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)]
     return frozenset().union(*found)
 
 

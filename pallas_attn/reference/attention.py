@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_attn.bias.base import Added, Region
 from pallas_attn.call import Call, positions, Visibility
 from pallas_attn.dropout import dropped, kept_on
-from pallas_attn.visible import allowed, seen, seen_added, weighty
+from pallas_attn.visible import allowed, seen, seen_added, taken, weighty
 
 
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -238,10 +238,9 @@ def _logits(
 def _visible(
     q: Array, k: Array, added: Added, visibility: Visibility, call: Call
 ) -> Bool[Array, "B N T S"]:
-    """Places that are allowed and that neither a term nor the sum leaves weightless."""
+    """Places that are allowed and that neither the bias nor the logit takes away."""
     t, values = _logits(q, k, added, visibility, call)
-    places = (allowed(call, visibility), *map(weighty, (t, *values)))
-    return functools.reduce(jnp.logical_and, places)
+    return allowed(call, visibility) & weighty(t) & ~taken(values)
 
 
 def _shared_heads(dx: Float[Array, "B S N x"], call: Call) -> Float[Array, "B S K x"]:

@@ -300,8 +300,8 @@ def by_sorting(t: Array, alpha: Array) -> tuple[Array, Array]:
     """
     a = alpha - 1
     m = t.max(-1, keepdims=True)
-    alive = m != -jnp.inf
-    y = t - jnp.where(alive, m, 0)
+    hidden = t == -jnp.inf
+    y = t - jnp.where(m == -jnp.inf, 0, m)
     ordered = -jnp.sort(-y)
     support = _places(t) < _support(ordered, a)
     on_support = jnp.where(support, ordered, 0)
@@ -312,7 +312,8 @@ def by_sorting(t: Array, alpha: Array) -> tuple[Array, Array]:
         return lowered(log_largest, newton_step(p, a), a)
 
     log_largest = lax.fori_loop(0, STEPS, step, jnp.zeros_like(y[..., :1] + a))
-    p = jnp.where(y == -jnp.inf, 0, weights_below(y, log_largest, a))
+    p = weights_below(jnp.where(hidden, 0, y), log_largest, a)
+    p = jnp.where(hidden, 0, p)
     return p, residual_of(m, log_largest, a)
 
 
@@ -324,8 +325,9 @@ def weights_below(y: Array, log_largest: Array, a: Array) -> Array:
         log p = log_largest + log(1 + a y / g) / a
     """
     y = y * jnp.exp(-a * log_largest)
-    p = jnp.exp(log_largest + _log1p_over(a, y))
-    return jnp.where(a * y <= -1, 0, p)
+    off = a * y <= -1  # the log has no value there, and `jax_debug_nans` would say so
+    p = jnp.exp(log_largest + _log1p_over(a, jnp.where(off, 0, y)))
+    return jnp.where(off, 0, p)
 
 
 def newton_step(p: Array, a: Array) -> Array:

@@ -255,6 +255,7 @@ NORMALIZERS: dict[str, Callable[[Array, Shape], Any]] = {
         f"entmax {alpha} top {k}": _entmax(alpha, k)
         for alpha, k in itertools.product(ALPHAS, TOP_K)
     },
+    "entmax 1.001": _entmax(1.001),
     "entmax learned": learned(),
     "entmax learned top 8": learned(8),
 }

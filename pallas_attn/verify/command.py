@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -11,15 +10,15 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from pallas_attn.implementations import current_device, resolve
+from pallas_attn.command import new_file, Parser, write
+from pallas_attn.implementations import current_device, NAMES, resolve
 from pallas_attn.verify.check import Verified, verify_all
 from pallas_attn.verify.large import free_bytes, LARGE, LEAST_BYTES, verify_large
-from pallas_attn.verify.rows import Row, rows, small_rows
+from pallas_attn.verify.rows import Row, rows, SHORT, SIZES, small_rows
 
 
 # Threads that compile; tracing is Python, and takes turns.
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "wrong": len(wrong),
             "calls": [_plain(x) for x in found],
         }
-        options.json.write_text(json.dumps(said, indent=1) + "\n")
+        write(options.json, json.dumps(said, indent=1) + "\n")
     return int(bool(wrong) or not found)
 
 
@@ -71,7 +70,7 @@ def _all(implementation: str, platform: str, wanted: str) -> list[Verified]:
     """Every group of calls, a line each as it ends."""
     threads = min(os.cpu_count() or 1, MOST_THREADS)
     keep = lambda given: [x for x in given if wanted in f"{x.group} {x.name}"]
-    chosen = keep(rows())
+    chosen = keep(rows(SHORT if platform == "cpu" else SIZES))
     found = show(verify_all(chosen, implementation, threads), len(chosen))
     if platform == "cpu" and implementation == "xla":
         print("\nThe GPU's kernels, interpreted:")
@@ -111,8 +110,8 @@ def show(found: Iterable[Verified], total: int) -> list[Verified]:
     return shown
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m pallas_attn verify",
         description="Values and every gradient of every bias, normalizer and option, "
         "in float32 and bfloat16, against float64; each call twice, for equal bits; on "
@@ -121,11 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--impl",
-        choices=("triton", "triton_interpret", "xla", "reference"),
+        choices=NAMES,
         help="what to verify; by default what a call would run on",
     )
     parser.add_argument("--filter", default="", help="calls whose name holds this")
-    parser.add_argument("--json", type=Path, help="where to write what was found")
+    parser.add_argument(
+        "--json", type=new_file((".json",)), help="where to write what was found"
+    )
     return parser
 
 

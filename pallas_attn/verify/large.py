@@ -164,7 +164,7 @@ def _projected(large: Large) -> tuple[Array, Array, Array]:
     return query, key, value
 
 
-def _program(large: Large, implementation: str) -> Callable[..., dict[str, Array]]:
+def _program(large: Large, implementation: Any) -> Callable[..., dict[str, Array]]:
     def run(
         query: Array, key: Array, value: Array, whole: Array, do: Array
     ) -> dict[str, Array]:

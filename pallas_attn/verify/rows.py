@@ -29,6 +29,8 @@ class Row:
 
 # Ragged: no length is a multiple of a block. The letters are the README's.
 SIZES = {"T": 161, "S": 193, "N": 4, "K": 4, "H": 64, "h": 64}
+# Of a CPU, which has no blocks to be ragged by.
+SHORT = SIZES | {"T": 67, "S": 83, "H": 32, "h": 32}
 SMALL = {"T": 37, "S": 53, "N": 2, "K": 2, "H": 16, "h": 16}
 
 # A name, the terms, and the forms of arrays that are not whole: letters, 1 for shared.
@@ -84,15 +86,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PRECISIONS = {"float32": "highest", "bfloat16": None}
 
 
-def rows(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
-    """All of them, with the default blocks."""
-    return [row for dtype in dtypes for row in _rows(dtype, SIZES)]
+def rows(sizes: dict[str, int] = SIZES) -> list[Row]:
+    """All of them, with the default blocks, in float32 and bfloat16."""
+    return [row for dtype in PRECISIONS for row in _rows(dtype, sizes)]
 
 
-def bias_rows(sizes: dict[str, int] | None = None) -> list[Row]:
-    """Every bias in float32, causal."""
-    found = _rows("float32", SIZES | (sizes or {}))
-    return [row for row in found if row.group == "bias"]
+def bias_rows(sizes: dict[str, int], seed: int) -> list[Row]:
+    """Every bias in float32, causal; `sizes` differ from `SIZES`."""
+    found = [x for x in _rows("float32", SIZES | sizes) if x.group == "bias"]
+    plans = (dataclasses.replace(x.plan, seed=seed + x.plan.seed) for x in found)
+    return [
+        dataclasses.replace(x, plan=plan) for x, plan in zip(found, plans, strict=True)
+    ]
 
 
 def small_rows() -> list[Row]:

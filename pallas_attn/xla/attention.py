@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.bias.base import Added, homes, Region
+from pallas_attn.bias.base import Added, has_tile, homes, Region
 from pallas_attn.call import Call, Visibility
 from pallas_attn.dropout import dropped, kept_on
+from pallas_attn.poison import poisoned
 from pallas_attn.reference.attention import capped
-from pallas_attn.visible import allowed, seen_added, weighty
+from pallas_attn.visible import allowed, seen_added, taken, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
 
@@ -63,11 +65,9 @@ def attend(
 
 
 def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
-    """Scores with every term; each and their sum may leave a key weightless."""
-    values = added.on(region)
-    t = sum(values, scores)
-    visible = functools.reduce(jnp.logical_and, map(weighty, (t, *values)), places)
-    return Logits(t, visible)
+    """Scores with every term."""
+    t = sum(added.on(region), scores)
+    return Logits(t, places & weighty(t))
 
 
 def softmax(logits: Logits, alpha: None) -> Weights:
@@ -104,8 +104,11 @@ def in_chunks(
     """
     dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
     plan = chunks(call, visibility, added)
-    hides = may_hide(call, visibility)
     key, value = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (key, value))
+    unknown = None
+    if may_hide(call, visibility) or any(term.hides for term in added.terms):
+        unknown = tuple(~jnp.isfinite(x).all(3) for x in (key, value))  # [B, K, S]
+        key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (key, value))
     added = _widened(added, dtype, once=plan.batch == call.B)
 
     def run(keys: int, starts: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -117,31 +120,35 @@ def in_chunks(
         def chunk(at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             sizes = (plan.batch, plan.rows, keys)
             place = dict(zip("BTS", zip(at, sizes, strict=True), strict=True))
+            part = functools.partial(cut, place=place, runs=plan.runs)
             return _attend(
-                cut(query, "BTNH", place),
-                cut(key, "BKSH", place),
-                cut(value, "BKSh", place),
-                cut_added(added, place),
-                cut_visibility(visibility, call, place),
+                part(query, "BTNH"),
+                part(key, "BKSH"),
+                part(value, "BKSh"),
+                cut_added(added, place, plan.runs),
+                cut_visibility(visibility, call, place, plan.runs),
                 small,
-                hides,
+                jax.tree.map(lambda x: part(x, "BKS"), unknown),
                 logits,
                 weights,
-                cut(alpha, "BN", place),
-                first=at,
+                part(alpha, "BN"),
+                first=(plan.entries(at[0], call), *at[1:]),
             )
 
         return lax.map(chunk, starts)
 
     def joined(*parts: Array) -> Array:
-        """Each [batches, chunks, batch, rows, ...] as one [B, T, ...]."""
-        x = jnp.moveaxis(jnp.concatenate(parts, axis=1), 1, 2)
-        x = x.reshape(call.B, -1, *x.shape[4:])
+        """Each [starts, chunks, batch, rows, ...] as one [B, T, ...]."""
+        x = plan.joined(jnp.concatenate(parts, axis=1))
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
         if x.shape[1] == call.T:
             return x
         return jnp.concatenate([x[:, : call.T - plan.rows], x[:, -plan.rows :]], axis=1)
 
-    batches = jnp.arange(0, call.B, plan.batch, dtype=jnp.int32)
+    each = call.B // plan.runs
+    batches = np.zeros(1, np.int32)
+    if plan.batch != call.B:
+        batches = np.arange(0, each, plan.each, dtype=np.int32)
     parts = []
     for group in plan.groups:
         grid = (batches.size, group.rows_from.size)
@@ -179,11 +186,11 @@ def _attend(
     added: Added,
     visibility: Visibility,
     call: Call,
-    hides: bool,  # whether some key is seen by nobody
+    unknown: tuple[Array, Array] | None,  # keys, values that are not finite
     logits: LogitsOf,
     weights: WeightsOf,
     alpha: Float[Array, "#B #N"] | None,
-    first: tuple[Array, Array, Array],  # batch entry, query and key of the chunk
+    first: tuple[Array, Array, Array],  # batch entries; query and key of the chunk
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
     precision = call.precision
@@ -192,41 +199,47 @@ def _attend(
     dot = functools.partial(
         jnp.einsum, precision=precision, preferred_element_type=key.dtype
     )
-    places = allowed(call, visibility)
-    added = seen_added(places, added)
-    if hides:
-        read = _by_key_head(places, call).any(2)[..., None]  # [#B, #K, #S, 1]
-        key, value = jnp.where(read, key, 0), jnp.where(read, value, 0)
-
-    q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
-    unknown = ~jnp.isfinite(q).all(3, keepdims=True)
-    # 0, or NaN of NaN: no NaN is computed where there is none
-    poison = lax.stop_gradient((q * 0).sum(3, keepdims=True))
-    q = jnp.where(unknown, 0, q).reshape(call.B, call.K, -1, call.H)
-    pairs = (call.B, call.N, call.T, call.S)
-    scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
-    # a row's NaN meets its scores here, behind the cap's derivative: a product would
-    # spread it over gradients of keys even where a bias hides all of the row
-    scores = capped(scores, call) + poison
-
     queries, keys = visibility.query_positions, visibility.key_positions
     assert queries is not None
     assert keys is not None
     region = Region(queries[..., :, None], keys[..., None, :], key.dtype)
+    places = allowed(call, visibility)
+    added = seen_added(places, added)
+    terms = [term for term in added.terms if has_tile(term)]
+    if terms or added.products:
+        values = lax.stop_gradient(added.on(region))
+        places = places & ~taken(values)
+        if len(values) > 1:  # where one takes a key away, another may be NaN
+            added = seen_added(places, added)
+    q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
+    lost = ~jnp.isfinite(q).all(3, keepdims=True)  # [B, N, T, 1]
+    q = jnp.where(lost, 0, q).reshape(call.B, call.K, -1, call.H)
+    spoiled = None
+    if unknown is not None:
+        of_keys, spoiled = (_seeing(x, places, call) for x in unknown)
+        lost = lost | of_keys
+    pairs = (call.B, call.N, call.T, call.S)
+    scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
+    # what a row sees of NaN meets it here, behind the cap's derivative: a product would
+    # spread it over rows that see nothing of it, and over gradients
+    scores = poisoned(capped(scores, call), lost)
+
     t, visible, shift = logits(scores, places, added, region)
     t = jnp.where(visible, t, -jnp.inf)
 
     e, output, residual = weights(Logits(t, visible, shift), alpha)
     e = dropped(call, kept_on(call, visibility.seed, first), e)
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
-    o = output(o.reshape(*pairs[:3], call.h)).astype(query.dtype)
+    o = output(o.reshape(*pairs[:3], call.h))
+    if spoiled is not None:
+        fine = (~spoiled).astype(o.dtype)
+        o = o * (fine / fine)  # 1 or NaN, in gradients too
+    o = o.astype(query.dtype)
     of_rows = residual()
     return jnp.swapaxes(o, 1, 2), jnp.swapaxes(of_rows[..., 0], 1, 2)
 
 
-def _by_key_head(places: Array, call: Call) -> Array:
-    """Places [#B, #N, ...] that any head of a group sees, [#B, #K, ...]."""
-    if places.shape[1] == 1:
-        return places
-    grouped = (places.shape[0], call.K, call.G, *places.shape[2:])
-    return places.reshape(grouped).any(2)
+def _seeing(unknown: Bool[Array, "#B K S"], places: Array, call: Call) -> Array:
+    """The rows that see a key of some, [B, N, T, 1]."""
+    of_heads = jnp.repeat(unknown, call.G, 1)[:, :, None, :]
+    return (places & of_heads).any(3, keepdims=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -15,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_attn.bias.base import Added, Bias, homes
 from pallas_attn.call import Call, positions, Visibility
 from pallas_attn.placement.letters import FIELDS
+from pallas_attn.placement.varying import in_shard_map
 
 
 # Scores of a chunk: small enough to stay in a CPU's cache, large enough to keep a
@@ -27,7 +31,8 @@ MOST_ROWS, LEAST_ROWS = 256, 32
 # backward, one more set of key gradients.
 GROUPS = 4
 
-Place = Mapping[str, tuple[Any, int]]  # letter of an axis -> (start, size)
+# letter of an axis -> (start, size); the batch's counts within each of several runs
+Place = Mapping[str, tuple[Any, int]]
 
 
 class Group(NamedTuple):
@@ -42,26 +47,59 @@ class Group(NamedTuple):
 class Plan:
     """Every chunk of a call; each has `batch` sequences and `rows` queries.
 
-    The last chunk of rows ends with the last query and may overlap the one before.
+    The last chunk of rows ends with the last query and may overlap the one before. The
+    batch is cut alike in each of `runs` equal runs, which may lie on as many devices:
+    a chunk takes part of every run, so that no loop goes over what is sharded.
     """
 
     batch: int
     rows: int
     groups: tuple[Group, ...]
+    runs: int = 1
+
+    @property
+    def each(self) -> int:
+        """Sequences of a chunk in each run."""
+        return self.batch // self.runs
+
+    def entries(self, start: Array, call: Call) -> Int[Array, " batch"]:
+        """The batch entries of the chunk that starts there in each run."""
+        count = jnp.arange(self.batch, dtype=jnp.int32)
+        if self.runs == 1:
+            return start + count
+        run, within = count // self.each, count % self.each
+        return start + run * (call.B // self.runs) + within
+
+    def joined(self, x: Array) -> Array:
+        """[starts, chunks, batch, rows, ...] as [B, chunks, rows, ...]."""
+        split = (*x.shape[:2], self.runs, self.each, *x.shape[3:])
+        x = jnp.moveaxis(x.reshape(split), (2, 0, 3), (0, 1, 2))
+        return x.reshape(-1, *x.shape[3:])
 
 
 def chunks(call: Call, visibility: Visibility, added: Added) -> Plan:
-    """Chunks whose scores fit `BYTES`: whole sequences if they do, else single ones."""
+    """Chunks whose scores fit `BYTES`: whole sequences if they do, else single ones.
+
+    All of what is known only to an exported program that runs: its sequences, or its
+    queries and keys.
+    """
+    if not all(isinstance(n, int) for n in (call.T, call.S)):
+        whole = np.zeros(1, np.int32)
+        return Plan(call.B, call.T, (Group(call.S, whole, whole),))
     per_row = 4 * call.N * call.S
     count = -(-call.T // min(MOST_ROWS, max(LEAST_ROWS, BYTES // per_row)))
     rows = -(-call.T // count)
-    batch = max(1, min(call.B, BYTES // (per_row * rows)))
-    while call.B % batch:
-        batch -= 1
+    batch, runs = call.B, 1
+    if isinstance(batch, int):
+        runs = math.gcd(batch, 1 if in_shard_map() else jax.device_count())
+        batch = max(1, min(call.B // runs, BYTES // (per_row * rows)))
+        while call.B // runs % batch:
+            batch -= 1
     # the gradient of a bias with one value per pair is written in place by one loop;
     # several would each make a whole one
     limit = 1 if any(_per_pair(term, call) for term in added.terms) else GROUPS
-    return Plan(batch, rows, tuple(_groups(call, visibility, rows, limit)))
+    groups = tuple(_groups(call, visibility, rows, limit))
+    return Plan(batch * runs, rows, groups, runs)
 
 
 def reach(
@@ -89,7 +127,9 @@ def may_hide(call: Call, visibility: Visibility) -> bool:
     arrays = dataclasses.replace(
         visibility, offset=None, query_positions=None, key_positions=None, seed=None
     )
-    if arrays != Visibility():
+    if arrays != Visibility() or not isinstance(call.T, int):
+        return True
+    if not isinstance(call.S, int):
         return True
     if _offset(call, visibility) is None:
         return call.causal or call.window is not None
@@ -129,50 +169,59 @@ def _groups(
         yield Group(keys, starts[own].astype(np.int32), keys_from.astype(np.int32))
 
 
-def cut(x: Any, axes: str, place: Place) -> Any:
+def cut(x: Any, axes: str, place: Place, runs: int = 1) -> Any:
     """The part of an array at a place; an axis of size 1 is shared by all places."""
     if x is None:
         return None
     for axis, letter in enumerate(axes):
-        if letter in place and x.shape[axis] > 1:
-            x = lax.dynamic_slice_in_dim(x, *place[letter], axis)
+        if letter not in place or x.shape[axis] == 1:
+            continue
+        start, size = place[letter]
+        if letter != "B":
+            x = lax.dynamic_slice_in_dim(x, start, size, axis)
+        elif size != x.shape[0]:
+            x = x.reshape(runs, -1, *x.shape[1:])
+            x = lax.dynamic_slice_in_dim(x, start, size // runs, 1)
+            x = x.reshape(size, *x.shape[2:])
     return x
 
 
-def cut_added(added: Added, place: Place) -> Added:
+def cut_added(added: Added, place: Place, runs: int) -> Added:
     """What a bias adds at a place."""
     terms = tuple(
         dataclasses.replace(
             term,
             **{
-                n: cut(getattr(term, n), FIELDS[h], place)
+                n: cut(getattr(term, n), FIELDS[h], place, runs)
                 for n, h in homes(term).items()
             },
         )
         for term in added.terms
     )
     products = tuple(
-        (cut(a, FIELDS["query"], place), cut(b, FIELDS["key"], place))
+        (cut(a, FIELDS["query"], place, runs), cut(b, FIELDS["key"], place, runs))
         for a, b in added.products
     )
     return Added(terms, products)
 
 
-def cut_visibility(visibility: Visibility, call: Call, place: Place) -> Visibility:
+def cut_visibility(
+    visibility: Visibility, call: Call, place: Place, runs: int
+) -> Visibility:
     """Who may attend to whom at a place, positions written out."""
     queries, keys = positions(call, visibility)
 
     def lengths(x: Array | None, letter: str) -> Array | None:
-        return None if x is None else cut(x, "B", place) - place[letter][0]
+        return None if x is None else cut(x, "B", place, runs) - place[letter][0]
 
     mask: Bool[Array, "#B #N #T #S"] | None = visibility.mask
     return Visibility(
-        query_positions=cut(queries, "BNT", place),
-        key_positions=cut(keys, "BNS", place),
+        query_positions=cut(queries, "BNT", place, runs),
+        key_positions=cut(keys, "BNS", place, runs),
         query_lengths=lengths(visibility.query_lengths, "T"),
         key_lengths=lengths(visibility.key_lengths, "S"),
-        query_segments=cut(visibility.query_segments, "BT", place),
-        key_segments=cut(visibility.key_segments, "BS", place),
-        mask=cut(mask, "BNTS", place),
+        query_segments=cut(visibility.query_segments, "BT", place, runs),
+        key_segments=cut(visibility.key_segments, "BS", place, runs),
+        mask=cut(mask, "BNTS", place, runs),
         seed=visibility.seed,
     )

@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.again import again, masked, over_keys, spoiled
 from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.entmax.operands import Cotangents
 from pallas_attn.kernels.entmax.support import Support
 from pallas_attn.kernels.operands import Operands
-from pallas_attn.kernels.owner import query_tile
+from pallas_attn.kernels.owner import keys_of, query_tile
 from pallas_attn.kernels.plan import Plan
 from pallas_attn.kernels.scores import row_scores
 from pallas_attn.kernels.terms import hold
@@ -65,6 +66,13 @@ def alpha_kernel(
     nothing = jnp.zeros((t0.bq,), f32)
     state = (nothing, nothing, nothing)
     sums, _ = support.over_keys(t0, ops, held, None, plan, add, state)
+    if plan.hides:
+
+        def redo() -> Any:
+            look = lambda t, sums: add(masked(t, ops.added, held), sums)
+            return over_keys(t0, keys_of(t0, False).span, look, state)
+
+        sums = again(spoiled(*sums), redo, sums)
     total, by_u, by_h = sums
     if expected is not None:
         by_u = by_u - t0.stat(expected)

@@ -8,6 +8,7 @@ a second sweep over the keys collects what is above it, one bit per key.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.again import masked
 from pallas_attn.kernels.entmax.list_blocks import keys_of_word
 from pallas_attn.kernels.entmax.list_pairs import row_tile, scatter_listed
 from pallas_attn.kernels.entmax.power import power_of
@@ -223,7 +225,13 @@ def list_overflow_kernel(
     most = out["words"].shape[-1]
 
     def redo() -> jax.Array:
-        scores, runs = sweep_of(t0, ops, plan).whole, key_runs(t0)
+        sweep, runs = sweep_of(t0, ops, plan), key_runs(t0)
+
+        def scores(t: Tile) -> jax.Array:
+            if plan.hides:  # NaN of keys that a bias takes away may be what is too many
+                t = masked(replace(t, edge=True), ops.added, sweep.held)
+            return sweep.whole(t)
+
         bound, m = t0.stat(stats["bound"]), t0.stat(stats["m"], jnp.inf)
         every = jnp.full(keys.shape, call.S, i32)
 
@@ -263,8 +271,10 @@ def list_overflow_kernel(
             more = (n > most) & (middle_of(low, high) > low)
             return (jnp.max(more.astype(i32)) > 0) & (step < HALVINGS)
 
+        least = ordered(bound)
+        n = count(least, every) if plan.hides else keys
         low, _, n, _ = lax.while_loop(
-            unfinished, raised, (ordered(bound), ordered(m) + 1, keys, i32(0))
+            unfinished, raised, (least, ordered(m) + 1, n, i32(0))
         )
         _, end, _, _ = lax.while_loop(
             unfinished, cutting, (jnp.full_like(every, -1), every, n, i32(0))

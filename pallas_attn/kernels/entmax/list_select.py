@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.again import taken
 from pallas_attn.kernels.entmax.list_candidates import middle_of, ordered
 from pallas_attn.kernels.entmax.list_pairs import (
     listed,
@@ -55,6 +56,7 @@ def list_scores_kernel(
     qs = [t0.rows(a).astype(f32)[:, None, :] for a, _ in products]
     held = hold(ops.added, t0, ("", "q"))
     length = out["x"].shape[-1]
+    hides = any(term.hides for term in ops.added.terms)
 
     def score(t: Any) -> tuple[jax.Array, jax.Array]:
         """(x, row): without and of what a whole row has, in units of q.k."""
@@ -62,11 +64,15 @@ def list_scores_kernel(
         for a, (_, b) in zip(qs, products, strict=True):
             x = x + jnp.sum(a * t.keys(b), 2)
         row, rest = parts(on_tile(ops.added, t, held), t)
+        low = taken(t.shape, ops.added, row, rest) if hides else None
         for r in rest:
             x = x - r * -inverse
         row = jnp.broadcast_to(row * inverse, (t.bq, 1))
         # What is not finite in a row's own part is so in all its scores.
-        return x + (row - row), row.reshape(t.bq)
+        x = x + (row - row)
+        if low is not None:  # a candidate by NaN alone
+            x = jnp.where(low, -jnp.inf, x)
+        return x, row.reshape(t.bq)
 
     def some_words(n: Any, at: jax.Array) -> jax.Array:
         place = n * ahead + jnp.arange(ahead, dtype=i32)
@@ -116,6 +122,8 @@ def list_select_kernel(
     count = t0.stat(scores["count"], 0)
     has = jnp.arange(length, dtype=i32)[None, :] < count[:, None]
     x = listed(t0, scores["x"], i32(0), length, has)
+    has = has & (x != -jnp.inf)
+    count = jnp.sum(has.astype(i32), 1, dtype=i32)
     m = jnp.max(jnp.where(has, x, -jnp.inf), 1)
     m = jnp.where(m == -jnp.inf, 0.0, m)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.again import again, masked, over_keys, spoiled
 from pallas_attn.kernels.dropout import drop_on, rescale
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import mark, Support
@@ -67,7 +68,7 @@ def output_kernel(
             u_sum + more,
             p_v + t.dot(kept_p.astype(v.dtype), v),
             u_v + t.dot(kept_u.astype(v.dtype), v),
-            mark(bits, t.k0 // i32(t.bk), more) if words else bits,
+            mark(bits, t.k0 // i32(t0.bk), more) if words else bits,
         )
 
     nothing, empty = jnp.zeros((t0.bq,), f32), zeros(t0.bq, ops.v)
@@ -77,11 +78,22 @@ def output_kernel(
     def over_blocks(level: jax.Array) -> Any:
         step = lambda t, s: add(level, t, s)
         if words:
-            return sweep.far_loop(step, sweep.near_loop(step, blank)), sweep.visits
-        marked = Support(found["bits"])
-        return marked.over_keys(t0, ops, sweep.held, None, plan, step, blank)
+            sums, visits = sweep.far_loop(step, sweep.near_loop(step, blank)), None
+        else:
+            marked = Support(found["bits"])
+            sums, visits = marked.over_keys(
+                t0, ops, sweep.held, None, plan, step, blank
+            )
+        if plan.hides:
 
-    def again(state: Any) -> Any:
+            def redo() -> Any:
+                look = lambda t, s: step(masked(t, ops.added, sweep.held), s)
+                return over_keys(t0, sweep.near.span, look, blank)
+
+            sums = again(spoiled(*sums[:4]), redo, sums)
+        return sums, visits or sweep.visits
+
+    def closer(state: Any) -> Any:
         level, step, _, bits, _, n, _ = state
         level = power.lowered(level, step)
         sums, visits = over_blocks(level)
@@ -95,7 +107,7 @@ def output_kernel(
 
     level, none = t0.stat(found["level"]), i32(0)
     state = (level, nothing, blank[:4], bits, (none, none), none, i32(1))
-    state = lax.while_loop(lambda s: s[6] > 0, again, state)
+    state = lax.while_loop(lambda s: s[6] > 0, closer, state)
     level, step, (p, u, p_v, u_v), bits, visits, _, _ = state
     u = jnp.maximum(u, TINY)
     if call.dropout:

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.kernels.again import again, masked, over
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import mark
 from pallas_attn.kernels.entmax.sweep import Sweep, sweep_of
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import query_tile
 from pallas_attn.kernels.plan import Plan
-from pallas_attn.kernels.tile import store_row, Tile
+from pallas_attn.kernels.tile import at_keys, store_row, Tile
 from pallas_attn.normalizers.entmax import curvature, Learned, newton, Power
 from pallas_attn.normalizers.softmax import lowest
 
@@ -106,6 +107,14 @@ def fill(
         m = jnp.max(tops[0], 1)
         sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), grains, power)
     tops = sweep.far_loop(keep, tops)
+    if plan.hides:
+
+        def redo() -> Any:
+            tile_at = lambda j: masked(at_keys(t0, j, 0, edge=True), ops.added, held)
+            return over(sweep.near.span, 1, tile_at, keep, (empty, empty))
+
+        held, known = sweep.held, jnp.max(tops[0], 1) < jnp.inf
+        tops = again(jnp.max((~known).astype(i32)) > 0, redo, tops)
     m = jnp.max(tops[0], 1)
     some = t0.inside_rows() & ~(m <= lowest(t0.call.scale))
     return Slots(sweep, jnp.where(some, m, jnp.inf), tops)

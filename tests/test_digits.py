@@ -1,0 +1,73 @@
+"""No digits are lost to the size of scores, of slopes or of the log-sum-exp."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_attn import ALiBi, Bias, Softmax
+from pallas_attn.testing.cases import Sample
+from pallas_attn.testing.evaluate import EXACT, gradients, implementations, SMALL, truth
+from pallas_attn.testing.numerics import assert_formula
+
+
+T = 64
+QUARTERS = np.random.default_rng(0).integers(-8, 9, (4, T, T)) / 4
+DISTANCE = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
+
+# What the scores of four heads add to quarters within +-2, [N, 1 or T, 1 or T], and the
+# bias that takes it away again, or shifts whole rows. float32 holds every score and
+# every partial sum, so that all is as exact as it is for small scores.
+LOGITS = np.array([0.0, -120.0, 1e4, -1e6])[:, None, None]
+SLOPES = np.array([0.25, 100.0, 1e4, 5e4])
+TABLE: dict[str, tuple[np.ndarray, Bias | None, dict[str, Any]]] = {
+    "logits": (LOGITS, None, {"is_causal": True}),
+    "slopes": (
+        SLOPES[:, None, None] * DISTANCE,
+        ALiBi(jnp.asarray(SLOPES, jnp.float32)),
+        {"is_causal": True},
+    ),
+    "slopes on both sides": (
+        SLOPES[:, None, None] * DISTANCE,
+        ALiBi(jnp.asarray(SLOPES, jnp.float32)),
+        {},
+    ),
+}
+
+
+def sample(name: str) -> Sample:
+    """Queries are the unit vectors: a key holds its scores with every query."""
+    added, bias, settings = TABLE[name]
+    scores = jnp.asarray(QUARTERS + added, jnp.float32)
+    assert np.array_equal(scores, QUARTERS + added)
+    seeds = jax.random.split(jax.random.key(0), 3)
+    value, do = (jax.random.normal(x, (1, T, 4, 16)) for x in seeds[:2])
+    operands = {
+        "query": jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (1, T, 4, T)),
+        "key": jnp.transpose(scores, (2, 0, 1))[None],
+        "value": value,
+        "bias": bias,
+    }
+    dlse = jax.random.normal(seeds[2], (1, T, 4))
+    settings = {"scale": 1.0, "normalizer": Softmax(), **settings}
+    return Sample(operands, {}, settings, (do, dlse))
+
+
+def by_head(values: Any, grads: dict[str, Any]) -> list[Any]:
+    """Each head's own leaves: a large one shall not hide the others."""
+    output, lse = values
+    return [
+        (output[:, :, n], lse[:, :, n])
+        + tuple(grads[x][:, :, n] for x in ("query", "key", "value"))
+        for n in range(4)
+    ]
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("name", TABLE)
+def test_large_scores_are_as_exact_as_small_ones(name, implementation):
+    drawn = sample(name)
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))

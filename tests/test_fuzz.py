@@ -1,0 +1,139 @@
+"""Random whole calls against a truth of their own, and the laws of that truth."""
+
+import ast
+import functools
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pallas_attn.fuzz import truth as truth_package
+from pallas_attn.fuzz.draw import draw
+from pallas_attn.fuzz.job import Options, plan_of, run
+from pallas_attn.fuzz.kept import KEPT
+from pallas_attn.fuzz.kinds import KINDS
+from pallas_attn.fuzz.plan import Plan, TRANSFORMS
+from pallas_attn.fuzz.pool import run_all
+from pallas_attn.fuzz.selfcheck import ALLOWED, gradient_gaps
+from pallas_attn.fuzz.values import MORE, SETS, value_sets, values
+from pallas_attn.testing.evaluate import kernel_implementation
+
+
+# Calls that compile in a second or two, and together hold every kind of everything; a
+# GPU runs thousands of others with `python -m pallas_attn fuzz`.
+SEEDS = {"xla": tuple(range(140)), "kernels": tuple(range(60))}
+# Sets of values of a call, one of `MORE` beside them.
+VALUES = {"xla": 3, "kernels": 2}
+CALLS = [
+    (which, seed)
+    for which, seeds in SEEDS.items()
+    for seed in sorted({*seeds, *KEPT[which]})
+]
+
+
+def options(which: str) -> Options:
+    name = kernel_implementation() if which == "kernels" else which
+    return Options(name, values=VALUES[which])
+
+
+@functools.cache
+def plans(which: str) -> tuple[Plan, ...]:
+    return tuple(plan_of(seed, options(which)) for w, seed in CALLS if w == which)
+
+
+@pytest.mark.parametrize(("which", "seed"), CALLS, ids=lambda x: str(x))
+def test_a_random_call_is_right(which, seed):
+    found = run(seed, options(which))
+    assert not found.findings, "\n".join([found.call, *map(str, found.findings)])
+
+
+def test_there_are_calls_enough():
+    assert len(CALLS) >= 200
+
+
+@pytest.mark.parametrize("which", SEEDS)
+def test_the_calls_hold_every_kind(which):
+    calls = plans(which)
+    assert {name for x in calls for name in x.bias} == {*KINDS, "co_alibi"}
+    dtypes = {"float32", "bfloat16", "float16"}
+    dtypes |= {"float64"} if which == "xla" else set()
+    assert {x.dtype for x in calls} == dtypes
+    forward_mode = set() if which == "xla" else {"jvp", "hvp"}
+    assert {x.transform for x in calls} >= {*TRANSFORMS} - forward_mode
+    conditions = {name for x in calls for name in x.conditions}
+    assert len(conditions) == 9
+    assert {name for x in calls for name in x.operands} >= {"scale", "alpha"}
+    assert {len(x.bias) for x in calls} >= {0, 1, 2}
+    assert {len(x.L) for x in calls} == {0, 1, 2}
+    assert {x.order for x in calls if x.query_positions} >= {"shuffle", "repeat"}
+    assert {x.normalizer is None for x in calls} == {True, False}
+    assert {bool(x.normalizer and x.normalizer[1]) for x in calls} == {True, False}
+    for fact in (
+        "causal",
+        "window",
+        "soft_cap",
+        "dropout",
+        "config",
+        "constants",
+        "raw",
+    ):
+        assert {bool(getattr(x, fact)) for x in calls} == {True, False}, fact
+    assert any(0 in (x.T, x.S) for x in calls)
+    sets = {name for x in calls for name in value_sets(x, VALUES[which])}
+    assert sets == {*SETS, *MORE}
+
+
+# Gradients written out by hand may be wrong by hand.
+@pytest.mark.parametrize("first", range(0, 48, 8))
+def test_the_truth_differentiates_itself(first):
+    for seed in range(first, first + 8):
+        for name, gap in gradient_gaps(seed):
+            assert gap <= ALLOWED, f"seed {seed} {name}: {gap:.1e}"
+
+
+def test_the_truth_shares_no_code_with_the_library():
+    """Of the package it imports itself and the facts of a call, which import none."""
+    folder = Path(truth_package.__file__).parent
+    for path in (*folder.glob("*.py"), folder.parent / "plan.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [x.name for x in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                ours = ("pallas_attn.fuzz.truth", "pallas_attn.fuzz.plan")
+                assert name.startswith(ours) or not name.startswith(
+                    ("pallas_attn", "jax", "flax")
+                ), f"{path.name} imports {name}"
+
+
+def test_a_seed_stays_the_same_call():
+    """What others have run by a number is what that number is here."""
+    found = 0
+    for seed in (7, 100000, 100040):
+        for name in ("xla", "triton"):
+            plan = draw(seed, name)
+            facts = (plan.L, plan.T, plan.S, plan.N, plan.H, plan.bias, plan.transform)
+            found = zlib.crc32(repr(facts).encode(), found)
+            element = tuple(0 for _ in plan.maps)
+            for part in values(plan, "normal", 0, element):
+                for key in sorted(part):
+                    found = zlib.crc32(np.ascontiguousarray(part[key]).tobytes(), found)
+    assert found == PINNED
+
+
+def test_a_process_that_dies_is_reported_as_its_seed():
+    """And the seeds after it still run: here each in a process that cannot."""
+    dead: Any = functools.partial(os._exit, 3)
+    found = list(run_all(range(2), Options("xla"), 1, serve=dead))
+    assert [x.seed for x in found] == [0, 1]
+    assert all("died" in str(x.findings[0]) for x in found)
+
+
+PINNED = 914195463
