@@ -120,11 +120,14 @@ def _widest(kernel: str) -> Block:
 
 def _small(kernel: str, load: Load) -> Block | None:
     """Of a card with 99 KiB, where another may not fit; None: the others' does."""
+    width = load.head_dim + load.columns  # of a key, with its side of all products
+    if width > 128 and not kernel.startswith("thin"):
+        return Block(16 if kernel == "cols" else 32, 32, 8, 2)
     if load.head_dim > 128:
-        return Block(32, 32, 8, 2) if kernel == "rows" else None
+        return None
     if kernel == "thin_rows":  # dS may be float32
         return Block(64, 64, 4, 3)
-    if load.head_dim > 64 and kernel != "thin_cols":
+    if width > 64 and kernel != "thin_cols":
         return Block(64, 64, 4, 2)
     return Block(64, 64) if kernel == "forward" and load.dense else None
 
@@ -147,5 +150,7 @@ def _float32(kernel: str, load: Load) -> Block:
             return Block(64, 64 if narrow else 32, 8, 2)
         case "thin_cols":
             return Block(64 if narrow else 32, 64, 8, 2)
+        case "cols" if load.small and not narrow:
+            return Block(16, 32, 8, 2)
         case _:
             return Block(64 if narrow else 32, 32, 8, 2)

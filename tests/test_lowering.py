@@ -78,12 +78,14 @@ SMALL = 99 * 1024
 
 # More that take much shared memory: a float32 bias beside 16 bits, and many columns.
 SHARED = [
-    Case(bias, "full").at(**SIZES, H=H, h=H, dtype="bfloat16")
-    for bias, H in [
-        ("dense-float32", 64),
-        ("dense-float32", 128),
-        ("sum", 128),
-        ("factored-float32 R20", 256),
+    Case(bias, "full", (), normalizer).at(**SIZES, H=H, h=H, dtype=dtype)
+    for bias, normalizer, H, dtype in [
+        ("dense-float32", "softmax", 64, "bfloat16"),
+        ("dense-float32", "softmax", 128, "bfloat16"),
+        ("sum", "softmax", 128, "float32"),
+        ("factored-float32 R20", "softmax", 256, "bfloat16"),
+        ("factored-float32 R20", "entmax learned", 64, "bfloat16"),
+        ("sum", "entmax 1.5", 128, "float32"),
     ]
 ]
 
@@ -255,13 +257,18 @@ def test_a_shipped_choice_fits(case, arch):
 @compiles
 @pytest.mark.parametrize("case", SHIPPED + SHARED, ids=named)
 def test_a_shipped_choice_fits_99_kib(case):
-    """Of capability 8.6, 8.9 and 12.0; Triton makes the same for the first two."""
+    """Of capability 8.6, 8.9 and 12.0; Triton makes the same for the first two.
+
+    What is well below the limit is not compiled again for the third.
+    """
     excess = []
     for kernel in lowered(case, 86):
         for arch in (86, 120):
             used = shared_memory(kernel, arch)
             if used > SHARED_LIMIT[arch]:
                 excess.append(f"sm_{arch}, {kernel.name}: {used / 1024:.1f} KiB")
+            if used < 0.7 * SHARED_LIMIT[arch]:
+                break
     assert not excess, "\n".join(excess)
 
 

@@ -33,15 +33,15 @@ def with_wide_keys(call: Call) -> Call:
 
 def _shipped(call: Call) -> tuple[Block, Block, Block]:
     """(forward, rows, cols)."""
-    widest = max(call.H, call.h)
+    widest, small = max(call.H, call.h), call.shared_kib < LARGE
     if call.dtype == "float32":
         exact = call.precision == lax.Precision.HIGHEST
-        size = 16 if widest > 128 or (exact and widest > 64) else 32
+        size = 16 if widest > 128 or ((exact or small) and widest > 64) else 32
         return _alike(Block(size, size, 4, 1 if exact else 2))
     if widest > 128:
         return _alike(Block(32, 32, 8, 2))
-    if widest > 64 and call.shared_kib < LARGE:
-        return _alike(Block(64, 64, 4, 2))
+    if small:  # fits beside float32 biases and products; not timed
+        return _alike(Block(64, 32, 4, 2))
     if widest > 64:
         return Block(64, 64, 4, 3), Block(64, 64, 4, 4), Block(64, 64, 4, 2)
     return _alike(Block(64, 64, 4, 3))
