@@ -2,9 +2,9 @@
 
 import ast
 import functools
-from dataclasses import replace
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
