@@ -131,7 +131,7 @@ class Outer(Bias):
 
     def contract(self) -> Any:
         """Tanh(x_i) and y_j."""
-        wide = jnp.promote_types(self.x.dtype, jnp.float32)
+        wide = jnp.float64 if self.x.dtype == jnp.float64 else jnp.float32
         return jnp.tanh(self.x.astype(wide)), self.y
 
 

@@ -3,7 +3,6 @@
 KEPT: dict[str, tuple[int, ...]] = {
     "xla": (
         3,  # soft cap: a NaN query that sees no key, in the gradient of keys
-        23,  # forget gate: sums across segments
         63,  # a key that a bias takes away, NaN in it
     ),
     "kernels": (
