@@ -530,7 +530,7 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     assert bool(found.lists.fits) == fits
 
 
-@pytest.mark.parametrize("bias", ["factored", "dense-1NTS"])
+@pytest.mark.parametrize("bias", ["dense-1NTS"])
 def test_both_ways_of_long_rows_make_what_is_asked_for(bias, monkeypatch):
     """One conditional has both: each makes the gradients wanted, and no others."""
     monkeypatch.setattr(choice, "LONG", 1)
