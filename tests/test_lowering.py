@@ -143,7 +143,10 @@ SPILLING = {
         (100, "output"): 1056,
         (100, "cols"): 320,
     },
-    "entmax 1.5, alibi, causal, T1024 H64 bfloat16": {(80, "cols"): 92},
+    "entmax 1.5, alibi, causal, T1024 H64 bfloat16": {
+        (80, "rows"): 96,
+        (80, "cols"): 92,
+    },
     "entmax 1.5, dense-1NTS, causal, T1024 H64 bfloat16": {
         (90, "output"): 88,  # the fastest of those timed
         (80, "output"): 344,
@@ -155,12 +158,12 @@ SPILLING = {
     },
     # returns at once where no row has more candidates than its list holds
     "entmax 1.5 top 33, sum, causal, T1024 H64 bfloat16": {
-        (80, "list_overflow"): 144,
+        (80, "list_overflow"): 152,
         (100, "list_overflow"): 784,
     },
     "none, dropout, T1024 H128 bfloat16": {(90, "cols"): 72},  # not timed
-    # every kind of mask at once: 8 bytes over the limit, and not timed
-    "none, all at once, T1024 H64 bfloat16": {(90, "cols"): 72},
+    # every kind of mask at once: a few bytes over the limit, and not timed
+    "none, all at once, T1024 H64 bfloat16": {(80, "forward"): 88, (90, "cols"): 72},
 }
 
 # Kernels in which ptxas waits for each product before it issues the next, shipped all
