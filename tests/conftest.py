@@ -1,8 +1,10 @@
 """Strict JAX, fresh keys, and which tests this machine can run."""
 
 import itertools
+import os
 
 import jax
+import jaxlib.version
 import pytest
 
 from pallas_attn.implementations import current_device, refusal
@@ -10,10 +12,15 @@ from pallas_attn.placement.run import compiled
 from pallas_attn.xla import chunks
 
 
+# A test runs its programs once: what XLA's optimiser and newer emitters take in
+# compiling is more than they save in running. jaxlib 0.11 has no other emitters.
+if jaxlib.version.__version_info__ < (0, 11):
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if current_device().platform == "cpu":
-    # A test runs its programs once: XLA's optimiser takes longer than it saves.
     jax.config.update("jax_disable_most_optimizations", True)
 
 

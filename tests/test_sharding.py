@@ -22,7 +22,8 @@ from pallas_attn.testing.numerics import assert_formula
 @pytest.mark.parametrize("devices", [2, 4])
 def test_sharded_is_unsharded_without_moving_what_is_sharded(devices):
     """Every way and split of the table: values, gradients, bits, the compiled text."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     done = subprocess.run(
         [sys.executable, "-m", "pallas_attn.testing.sharding"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
