@@ -14,6 +14,7 @@ import pytest
 
 from pallas_attn.benchmark import (
     measure,
+    page,
     peers,
     programs,
     report,
@@ -377,6 +378,44 @@ def test_the_tables_show_every_case(run, capsys):
     tables.terminal(tables.HEAD, [tables.cells(result) for result in results])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [case.name for case in SMALL]
+
+
+@pytest.mark.parametrize(
+    ("option", "file"), [("--markdown", "README.md"), ("--picture", "speed.svg")]
+)
+def test_the_committed_page_is_what_the_command_makes(option, file, capsys):
+    assert report.main([option]) == 0
+    assert (page.FOLDER / file).read_text() == capsys.readouterr().out
+
+
+def test_the_page_has_every_case_that_was_measured():
+    reports = page.committed()
+    assert {f"{x}.json" for x in reports} == {
+        path.name for path in page.FOLDER.glob("*.json")
+    }
+    results = [
+        Result.of_json(values)
+        for found in reports.values()
+        for values in (*found["results"], *found.get("steps", ()))
+    ]
+    short, lost, *others = page.page(reports).split("\n## ")[1:]
+    assert len(short.split("| `")) - 1 == len(page.SHORT) <= 8
+    for result in results:
+        assert sum(f"| `{result.name}` |" in x for x in others) == 1
+        assert (f"| `{result.name}` |" in lost) == result.lost()
+    # what is said in short hides no kind of loss
+    assert any(result.lost() for result in results if result.name in page.SHORT)
+
+
+def test_a_case_is_lost_where_the_peer_is_faster_or_a_target_is_missed():
+    def result(ours, peer, target):
+        time = {"ours forward": ours, "peer forward": peer}
+        timings = {x: timing.Timing(t, t, t, 1, 1, 0.0) for x, t in time.items()}
+        return Result("a", "b", "c", "d", {"forward": target}, timings)
+
+    assert not result(1.0, 2.0, 0.5).lost()
+    assert result(1.0, 2.0, 0.4).lost()
+    assert result(2.0, 1.0, 3.0).lost()
 
 
 def test_progress_and_the_platform_are_said(run):

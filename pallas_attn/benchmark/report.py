@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from pallas_attn.benchmark import measure, sweep, tables, timing, training_step
+from pallas_attn.benchmark import measure, page, sweep, tables, timing, training_step
 from pallas_attn.benchmark.cases import CASES
 from pallas_attn.benchmark.results import Result
 from pallas_attn.benchmark.specs import Case
@@ -76,6 +76,9 @@ def main(
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.picture:
+        print(page.picture(page.committed()))
+        return 0
     if options.markdown:
         print(_tables_of(options.markdown, parser))
         return 0
@@ -156,7 +159,9 @@ def _refuse_others(
 
 
 def _tables_of(path: Path, parser: Parser) -> str:
-    """The tables of a report that `--json` wrote."""
+    """The tables of a report that `--json` wrote, or the page of the committed ones."""
+    if path == page.FOLDER:
+        return page.page(page.committed())
     try:
         return tables.markdown(json.loads(path.read_text()))
     except OSError as error:
@@ -179,7 +184,20 @@ def _parser() -> Parser:
         metavar="PATH",
         help="write the report here; its folder is made if it is missing",
     )
-    add("--markdown", type=Path, metavar="PATH", help="print a report's table and stop")
+    add(
+        "--markdown",
+        type=Path,
+        nargs="?",
+        const=page.FOLDER,
+        metavar="PATH",
+        help="print a report's tables and stop; without PATH the page of the committed "
+        "reports, pallas_attn/benchmark/README.md",
+    )
+    add(
+        "--picture",
+        action="store_true",
+        help="print the picture of the committed reports, as SVG, and stop",
+    )
     add(
         "--implementation",
         choices=NAMES,

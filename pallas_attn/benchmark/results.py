@@ -77,6 +77,15 @@ class Result:
             for name, target in self.targets.items()
         }
 
+    def worst_ratio(self) -> float:
+        """The largest of our times over the peer's; 0 where there is no peer."""
+        works = ("forward", "both", "attention", "step")
+        return max((x for work in works if (x := self.ratio(work))), default=0.0)
+
+    def lost(self) -> bool:
+        """Whether the peer is faster in anything, or a target is missed."""
+        return self.worst_ratio() > 1 or not all(self.met().values())
+
     def worst_error(self, side: str) -> float | None:
         """The largest relative error of a gradient."""
         errors = self.errors.get(side)

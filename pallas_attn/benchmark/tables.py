@@ -1,8 +1,9 @@
-"""Results as a table: in a terminal, and in the README."""
+"""Results as a table: in a terminal, and in Markdown."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +11,18 @@ from typing import Any
 from pallas_attn.benchmark.results import Result
 
 
+RATES = "TFLOP/s full, causal"
+
 HEAD = (
     "case",
     "forward ms",
     "peer",
     "ratio",
-    "TFLOP/s full, causal",
+    RATES,
     "fwd+bwd ms",
     "peer",
     "ratio",
-    "TFLOP/s full, causal",
+    RATES,
     "temporaries MiB",
     "peer",
     "error output, worst gradient",
@@ -134,53 +137,77 @@ def line(result: Result) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's Speed tables, from a report that `bench --json` wrote."""
-    device, versions = report["device"], report["versions"]
-    where = f"{device['kind']}, {report['implementation']}, jax {versions['jax']}"
-    told = []
-    if report["results"]:
-        method = "; ".join(report[x] for x in ("method", "tflops") if x in report)
-        told.append(f"{where}; {method}.\n\n{_attention_rows(report['results'])}")
-    if report.get("steps"):
-        rows = _step_rows(report["steps"])
-        told.append(f"{where}; {report['steps_method']}.\n\n{rows}")
-    return "\n\n".join(told)
+    """The tables of a report that `bench --json` wrote, each under how it was measured.
+
+    Args:
+        report: The report, read from its file.
+
+    Returns:
+        One table of attention, one of training steps, or both, in Markdown.
+    """
+    return "\n\n".join(filter(None, (attention(report), steps(report))))
 
 
-def _attention_rows(results: Sequence[dict[str, Any]]) -> str:
+def attention(report: dict[str, Any]) -> str:
+    """A report's cases of attention in Markdown; "" where it has none."""
+    if not report["results"]:
+        return ""
+    method = "; ".join(report[x] for x in ("method", "tflops") if x in report)
+    results = [Result.of_json(values) for values in report["results"]]
+    table = attention_rows(results, rates=any(result.tflops for result in results))
+    return f"{where(report)}; {method}.\n\n{table}"
+
+
+def steps(report: dict[str, Any]) -> str:
+    """A report's training steps in Markdown; "" where it has none."""
+    if not report.get("steps"):
+        return ""
+    table = step_rows([Result.of_json(values) for values in report["steps"]])
+    return f"{where(report)}; {report['steps_method']}.\n\n{table}"
+
+
+def where(report: dict[str, Any]) -> str:
+    """Device, implementation and version of jax, as a line."""
+    kind, version = report["device"]["kind"], report["versions"]["jax"]
+    return f"{kind}, {report['implementation']}, jax {version}"
+
+
+def attention_rows(results: Sequence[Result], *, rates: bool) -> str:
+    """Cases of attention as a table in Markdown, with their TFLOP/s or without."""
     head = (
         "case",
         "shape",
         "peer",
         "forward: ours, peer (ms)",
         "ratio",
-        "TFLOP/s full, causal",
+        RATES,
         "forward + backward: ours, peer (ms)",
         "ratio",
-        "TFLOP/s full, causal",
+        RATES,
         "temporaries: ours, peer (MiB)",
     )
-    lines = []
-    for values in results:
-        result = Result.of_json(values)
-        lines.append(
-            (
-                f"`{result.name}`",
-                result.shape,
-                result.peer or "-",
-                _pair(result.milliseconds, "forward"),
-                _against(result, "forward"),
-                _rates(result, "ours forward"),
-                _pair(result.milliseconds, "both"),
-                _against(result, "both"),
-                _rates(result, "ours both"),
-                _pair(result.temporaries.get, "both"),
-            )
+    lines = [
+        (
+            f"`{result.name}`",
+            result.shape,
+            result.peer or "-",
+            _pair(result.milliseconds, "forward"),
+            _against(result, "forward"),
+            _rates(result, "ours forward"),
+            _pair(result.milliseconds, "both"),
+            _against(result, "both"),
+            _rates(result, "ours both"),
+            _pair(result.temporaries.get, "both"),
         )
-    return _rows(head, lines)
+        for result in results
+    ]
+    kept = [rates or title != RATES for title in head]
+    short = [tuple(itertools.compress(line, kept)) for line in (head, *lines)]
+    return rows(short[0], short[1:])
 
 
-def _step_rows(results: Sequence[dict[str, Any]]) -> str:
+def step_rows(results: Sequence[Result]) -> str:
+    """Training steps as a table in Markdown."""
     head = (
         "case",
         "shape",
@@ -193,7 +220,7 @@ def _step_rows(results: Sequence[dict[str, Any]]) -> str:
         "ratio",
     )
     lines = []
-    for result in map(Result.of_json, results):
+    for result in results:
         lines.append(
             (
                 f"`{result.name}`",
@@ -207,10 +234,11 @@ def _step_rows(results: Sequence[dict[str, Any]]) -> str:
                 _step_memory(result),
             )
         )
-    return _rows(head, lines)
+    return rows(head, lines)
 
 
-def _rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     whole = (head, ("---",) * len(head), *lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in whole)
 
