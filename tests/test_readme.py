@@ -1,8 +1,11 @@
-"""What the README says runs, runs: Python blocks, and the names in shell blocks."""
+"""What the pages say runs, runs: Python blocks, and the names in shell blocks."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
+import io
 import re
 import tomllib
 from pathlib import Path
@@ -13,43 +16,67 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_attn
+import pallas_attn.__main__
 import pallas_attn.linen
 from pallas_attn.__main__ import COMMANDS
+from pallas_attn.benchmark import page as speeds
 from pallas_attn.testing.numerics import assert_formula
 
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in ("pallas_attn", "pallas_attn/benchmark")
+    for path in (ROOT / "README.md", *sorted((ROOT / folder).glob("*.md")))
+}
+README, GUIDE = PAGES["README.md"], PAGES["pallas_attn/GUIDE.md"]
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
 def blocks(language: str) -> dict[str, str]:
-    """Code blocks of a language, by the heading they stand under and their number."""
+    """Code blocks of a language, by page, the heading they stand under and number."""
     found: dict[str, str] = {}
-    heading = ""
-    for title, code in re.findall(
-        rf"^#+ ([^\n]*)$|^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
-    ):
-        if title:
-            heading = title
-        else:
-            found[f"{heading} {len(found)}"] = code
+    for page, text in PAGES.items():
+        heading = ""
+        for title, fence, code in re.findall(
+            r"^#+ ([^\n]*)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        ):
+            if title:
+                heading = title
+            elif fence == language:
+                found[f"{page}: {heading} {len(found)}"] = code
     return found
 
 
-def headings() -> list[str]:
-    """All headings."""
-    return re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+def headings(page: str) -> list[str]:
+    """All headings of a page; what stands in its code blocks is none."""
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+
+
+def anchors(page: str) -> list[str]:
+    """What links to the headings of a page say after `#`."""
+    return [
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+        for title in headings(page)
+    ]
+
+
+def section(text: str, title: str) -> str:
+    """What stands under a heading of the second level."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 PYTHON, SHELL = blocks("python"), blocks("sh")
 QUICK_START = next(iter(PYTHON))
 MOST_FOLDED = 10_000
+MOST_LINES = 220
 
 
 def run(name: str) -> dict[str, Any]:
-    """The names a block leaves behind; it goes on from the quick start."""
+    """The names a block leaves behind; it goes on from the README's quick start."""
     namespace = {} if name == QUICK_START else dict(quick_start())
-    exec(compile(PYTHON[name], f"README.md: {name}", "exec"), namespace)
+    exec(compile(PYTHON[name], name, "exec"), namespace)
     return namespace
 
 
@@ -86,11 +113,11 @@ def test_every_python_block_runs(name, capsys):
             assert line.split("  # ")[1] in printed
 
 
-def test_the_learned_bias_of_the_readme_is_its_formula():
+def test_the_learned_bias_of_the_guide_is_its_formula():
     """Value and every gradient against the dense formula, in float32."""
-    readme = run(next(name for name in PYTHON if name.startswith("Write your own")))
-    attend, SquaredDistance = readme["dot_product_attention"], readme["SquaredDistance"]
-    query, key, value = readme["query"], readme["key"], readme["value"]
+    guide = run(next(name for name in PYTHON if "Write your own" in name))
+    attend, SquaredDistance = guide["dot_product_attention"], guide["SquaredDistance"]
+    query, key, value = guide["query"], guide["key"], guide["value"]
     points = jax.random.normal(jax.random.key(5), (2, 2, 256, 1, 3))
     fields = (jnp.linspace(0.2, 0.9, 8)[None], *points)
 
@@ -139,27 +166,73 @@ def test_every_shell_command_names_what_exists():
     assert "pytest-xdist" in extras["test"]  # -n
 
 
-def test_commands_and_files_named_in_the_text_exist():
-    assert set(re.findall(r"python -m pallas_attn (\w+)", README)) <= set(COMMANDS)
-    for target in re.findall(r"\]\((?!#|https?:)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for path in re.findall(r"`([\w./]+/[\w./]+\.py)`", README):
+def options_of(command: str) -> set[str]:
+    """The options that a command's help names."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        pallas_attn.__main__.main([command, "--help"])
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+
+@every_page
+def test_commands_named_in_the_text_exist(page):
+    text = PAGES[page]
+    for command, options in re.findall(
+        r"python -m pallas_attn (\w+)((?: --[\w-]+)*)", text
+    ):
+        assert command in COMMANDS
+        if options:
+            assert set(options.split()) <= options_of(command), command
+    for module in re.findall(r"python -m (pallas_attn\.[\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+
+
+@every_page
+def test_files_named_in_the_text_exist(page):
+    for path in re.findall(r"`([\w./]+/[\w./]+\.(?:py|json|md))`", PAGES[page]):
         assert (ROOT / path).exists() or (ROOT / "pallas_attn" / path).exists(), path
-    anchors = {
-        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings()
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+    for path in re.findall(r"\btests/\w+\.py\b", PAGES[page]):
+        assert (ROOT / path).exists(), path
 
 
-def test_biases_of_the_table_are_public():
-    table = README.split("\n## Biases\n")[1].split("\n## ")[0]
+@every_page
+def test_links_lead_somewhere(page):
+    assert len(set(anchors(page))) == len(anchors(page))
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            name = target.resolve().relative_to(ROOT.resolve()).as_posix()
+            assert anchor in anchors(name), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= MOST_LINES
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_reports():
+    table = README.split("<!-- speed: begin -->\n")[1].split("\n<!-- speed: end")[0]
+    assert table == speeds.summary(speeds.committed())
+
+
+def test_biases_of_the_tables_are_public():
+    table = section(GUIDE, "Biases")
     named = re.findall(r"^\|[^|]*`([A-Z]\w+)` \|", table, re.MULTILINE)
     assert named == ["DenseBias", "FactoredBias", "ALiBi", "CoALiBi", "ForgetGate"]
     assert set(named) <= set(vars(pallas_attn))
+    rows = re.findall(r"^\|.*", section(README, "Which bias for what"), re.MULTILINE)
+    advised = set(re.findall(r"\b[A-Z]\w+(?=`|\()", " ".join(rows)))
+    assert {*named, "Bias", "Entmax"} == advised
 
 
 def test_modules_of_the_table_are_public():
-    table = README.split("\n## Flax layers\n")[1].split("\n## ")[0]
+    table = section(GUIDE, "Flax layers")
     rows = [row.split(" | ")[0] for row in re.findall(r"^\| `.*", table, re.MULTILINE)]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(named) == 9
