@@ -20,7 +20,7 @@ NO_WEIGHT = -1e30
 
 @dataclass(frozen=True)
 class Call:
-    """Everything static about one call, in the letters of the README's legend."""
+    """Everything static about one call, in the letters of GUIDE.md."""
 
     B: int
     N: int

@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table, in the letters of the README's legend; S = T and h = H.
+    """One line of the table, in the letters of GUIDE.md; S = T and h = H.
 
     Args:
         name: By which `bench` selects it.

@@ -49,7 +49,7 @@ class StepTarget:
 
 @dataclass(frozen=True)
 class StepCase:
-    """A GPT with ALiBi, in the letters of the README's legend; its width is N H.
+    """A GPT with ALiBi, in the letters of GUIDE.md; its width is N H.
 
     Args:
         name: By which `bench` selects it.

@@ -40,8 +40,8 @@ class Form(NamedTuple):
 class Plan:
     """What is fixed when a call is traced.
 
-    Letters are the README's; L are the leading batch axes. Where a field is a shape,
-    None means that the call has no such argument.
+    Letters are those of GUIDE.md; L are the leading batch axes. Where a field is a
+    shape, None means that the call has no such argument.
 
     Args:
         seed: What it was drawn from, and its values are.

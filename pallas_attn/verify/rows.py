@@ -27,7 +27,7 @@ class Row:
         return self.plan.dtype
 
 
-# Ragged: no length is a multiple of a block. The letters are the README's.
+# Ragged: no length is a multiple of a block. The letters are those of GUIDE.md.
 SIZES = {"T": 161, "S": 193, "N": 4, "K": 4, "H": 64, "h": 64}
 # Of a CPU, which has no blocks to be ragged by.
 SHORT = SIZES | {"T": 67, "S": 83, "H": 32, "h": 32}
