@@ -50,6 +50,7 @@ WRONG = {
     "wide heads": (["inspect", "--head-dim", "512"], ("--head-dim", "1..256", "512")),
     "no keys": (["inspect", "--length", "0"], ("--length", "at least 1", "got 0")),
     "no such implementation": (["verify", "--impl", "flash"], ("--impl", "flash")),
+    "no such call": (["verify", "--filter", "albi"], ("--filter", "holds 'albi'")),
     "findings in a file": (
         ["verify", "--json", "{folder}/file/x.json"], ("--json", "cannot be written"),
     ),

@@ -294,6 +294,12 @@ class Added:
             product_on(*sides, region.dtype) for sides in self.products
         ]
 
+    def parts_on(self, region: Region) -> list[Float[Array, "#B #N #T #S"]]:
+        """What adds up to the values of `on`, each as small as its fields make it."""
+        return [part for term in self.terms for part in parts_on(term, region)] + [
+            product_on(*sides, region.dtype) for sides in self.products
+        ]
+
 
 @dataclass(frozen=True)
 class Region:
@@ -345,12 +351,16 @@ def spread(home: str, x: Array) -> Array:
 
 def tile_on(term: Bias, region: Region) -> Float[Array, "#B #N #T #S"]:
     """A term's `tile` on whole axes."""
+    return functools.reduce(jnp.add, parts_on(term, region))
+
+
+def parts_on(term: Bias, region: Region) -> tuple[Float[Array, "#B #N #T #S"], ...]:
+    """The parts of a term's `tile` on whole axes."""
     fields = {
         name: spread(home, getattr(term, name)).astype(region.dtype)
         for name, home in homes(term).items()
     }
-    parts = parts_of(dataclasses.replace(term, **fields).tile(region))
-    return functools.reduce(jnp.add, parts)
+    return parts_of(dataclasses.replace(term, **fields).tile(region))
 
 
 def product_on(

@@ -3,7 +3,9 @@
 KEPT: dict[str, tuple[int, ...]] = {
     "xla": (
         3,  # soft cap: a NaN query that sees no key, in the gradient of keys
+        23,  # log gates of -3e38, a part of a whole row's scores
         63,  # a key that a bias takes away, NaN in it
+        95,  # -1e9 in what all keys of a query share
     ),
     "kernels": (
         7,  # a key that a bias takes away, NaN in it

@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if anything is wrong.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    names = [*(f"{x.group} {x.name}" for x in rows()), *(x.name for x in LARGE)]
+    if not any(_holds(name, options.filter) for name in names):
+        parser.error(f"argument --filter: no call's name holds {options.filter!r}")
     start = time.perf_counter()
     device = current_device()
     chosen = resolve(options.impl, device, dtype="float32", H=64, h=64)
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _all(implementation: str, platform: str, wanted: str) -> list[Verified]:
     """Every group of calls, a line each as it ends."""
     threads = min(os.cpu_count() or 1, MOST_THREADS)
-    keep = lambda given: [x for x in given if wanted in f"{x.group} {x.name}"]
+    keep = lambda given: [x for x in given if _holds(f"{x.group} {x.name}", wanted)]
     chosen = keep(rows(SHORT if platform == "cpu" else SIZES))
     found = show(verify_all(chosen, implementation, threads), len(chosen))
     if platform == "cpu" and implementation == "xla":
@@ -77,7 +81,7 @@ def _all(implementation: str, platform: str, wanted: str) -> list[Verified]:
         small: list[Row] = keep(small_rows())
         found += show(verify_all(small, "triton_interpret", threads), len(small))
     print("\nArrays past 2^31 elements:")
-    large = [x for x in LARGE if wanted in x.name]
+    large = [x for x in LARGE if _holds(x.name, wanted)]
     free = free_bytes()
     if platform != "gpu" or free < LEAST_BYTES:
         print(
@@ -86,6 +90,10 @@ def _all(implementation: str, platform: str, wanted: str) -> list[Verified]:
         )
         return found
     return found + show((verify_large(x, implementation) for x in large), len(large))
+
+
+def _holds(name: str, wanted: str) -> bool:
+    return wanted.casefold() in name.casefold()
 
 
 def show(found: Iterable[Verified], total: int) -> list[Verified]:
@@ -123,7 +131,9 @@ def _parser() -> Parser:
         choices=NAMES,
         help="what to verify; by default what a call would run on",
     )
-    parser.add_argument("--filter", default="", help="calls whose name holds this")
+    parser.add_argument(
+        "--filter", default="", help="calls whose name holds this, in any case"
+    )
     parser.add_argument(
         "--json", type=new_file((".json",)), help="where to write what was found"
     )

@@ -65,9 +65,20 @@ def attend(
 
 
 def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
-    """Scores with every term."""
-    t = sum(added.on(region), scores)
-    return Logits(t, places & weighty(t))
+    """Scores with every term; what all keys of a query share is kept apart.
+
+    Weights do not see it, and a shift of -1e9 would cost the scores their digits.
+    """
+    t, shift = scores, jnp.zeros_like(scores[..., :1])
+    for part in added.parts_on(region):
+        if jnp.ndim(part) < 4 or part.shape[3] == 1:
+            shift = shift + part
+        else:
+            t = t + part
+    visible = places & weighty(t + shift)
+    fine = jnp.isfinite(shift)
+    t = poisoned(t, ~fine & visible)
+    return Logits(t, visible, jnp.where(fine, shift, 0))
 
 
 def softmax(logits: Logits, alpha: None) -> Weights:

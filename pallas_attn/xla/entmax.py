@@ -77,6 +77,8 @@ def sparsity_shares(
 def _entmax(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
     """The weights p of a chunk and its residual."""
     p, residual = _solved(logits, alpha, call)
+    a = exponents(alpha, call) - 1
+    residual = residual + jnp.where(a == 0, 1, a) * logits.shift
     alive = logits.visible.any(3, keepdims=True)
     return Weights(p, lambda o: jnp.where(alive, o, 0), lambda: residual)
 

@@ -164,8 +164,10 @@ def _readable(plan: Plan, operands: Arrays, see: Visibility) -> _Readable:
         fields = {}
         for name_of_field, form in plan.fields(n).items():
             x = operands[f"bias{n}.{name_of_field}"]
-            gone = unread(see.allowed, x.shape, form.home)
-            fields[name_of_field] = np.where(gone & ~np.isfinite(x), 0.0, x)
+            gone = unread(see.allowed, x.shape, form.home) & ~np.isfinite(x)
+            if name == "forget":  # a gate is read by the keys before it
+                gone = np.zeros_like(gone)
+            fields[name_of_field] = np.where(gone, 0.0, x)
         term = TERMS[name](fields, see)
         for part in term.parts:
             reach = reach & ~(part <= NO_WEIGHT)
