@@ -97,6 +97,7 @@ NARROW = [
         ("entmax 1.5 top 3", "alibi", "causal"),
         ("entmax 2.0 top 33", "dense", "window"),
         ("entmax 1.75 top 1", "factored", "bottom-right"),
+        ("entmax 1.5 top 1", "alibi", "causal"),
         ("entmax 1.25 top 99", "none", "all at once"),
         ("entmax learned top 8", "sum", "causal lengths GQA"),
     ]

@@ -7,6 +7,7 @@ a second sweep over the keys collects what is above it, one bit per key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,11 @@ i32 = jnp.int32
 # Bounds are lowered by this share of the numbers that they come from: rounding.
 ROUNDING = 1e-6
 
+# A score that is computed again may be rounded otherwise, by a share of its addends,
+# which nobody knows. Where a row lost keys to that its bound is lowered, each time by 16
+# times as much, and at last to all keys.
+TRIES = 6
+
 # Halvings of an int32 range, and some.
 HALVINGS = 40
 
@@ -63,10 +69,29 @@ def list_candidates_kernel(
     power = power_of(call, alpha, t0.b, t0.h)
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
-    bound = bound_of(slots, level, power, call)
-    within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
+    first = bound_of(slots, level, power, call)
+    above = sum([jnp.sum((x >= first[:, None]).astype(i32), 1) for x in slots.tops])
+    need = jnp.minimum(above, 1 if call.top_k is None else call.top_k)
+    size = largest_finite(slots.tops) * ROUNDING
     scores = slots.sweep.whole
-    words, keys = collect(t0, scores, lambda x, _: ~(x < bound[:, None]), out, within)
+
+    def short(state: Any) -> jax.Array:
+        tries, _, _, keys = state
+        return (jnp.max(need - keys) > 0) & (tries <= TRIES)
+
+    def collected(state: Any) -> Any:
+        tries, *_ = state
+        wider = lax.shift_left(i32(1), 4 * tries).astype(f32) - 1
+        bound = jnp.where(tries < TRIES, first - size * wider, lowest(call.scale))
+        bound = jnp.where(need > 0, bound, first)
+        within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
+        take = lambda x, _: ~(x < bound[:, None])
+        return tries + 1, bound, *collect(t0, scores, take, out, within)
+
+    nothing = jnp.full_like(need, -1)
+    _, bound, words, keys = lax.while_loop(
+        short, collected, (i32(0), first, nothing, nothing)
+    )
     t0.put_stat(out["m"], slots.m)
     t0.put_stat(out["level"], level)
     t0.put_stat(out["bound"], bound)
@@ -90,6 +115,12 @@ def bound_of(
     bound = jnp.maximum(bound, lowest(call.scale))
     known = (slots.m - slots.m == 0) & (bound == bound)
     return jnp.where(known, bound, jnp.inf)
+
+
+def largest_finite(tops: tuple[jax.Array, ...]) -> jax.Array:
+    """The largest |score| of each row's slots that is a number."""
+    found = [jnp.where(x - x == 0, jnp.abs(x), 0.0) for x in tops]
+    return functools.reduce(jnp.maximum, [jnp.max(x, 1) for x in found])
 
 
 def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
