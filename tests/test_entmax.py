@@ -17,6 +17,7 @@ import pytest
 
 from pallas_attn import (
     ALiBi,
+    DenseBias,
     dot_product_attention,
     Entmax,
     Softmax,
@@ -434,13 +435,16 @@ def finite(tree):
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 def test_nan_where_nobody_looks(normalizer, implementation):
-    """In hidden keys and values, in queries and cotangents of empty rows.
+    """In hidden keys and values; in queries, biases and cotangents of empty rows.
 
     Under a soft cap, whose slope is NaN there.
     """
     sample = Case("alibi", "full", (), normalizer).at(S=61).sample()
     settings = {**sample.settings, "logits_soft_cap": 2.0}
+    slopes, of_rows = sample.operands["bias"], jnp.sin(jnp.arange(37.0))
+    summed = lambda x: slopes + DenseBias(x[None, None, :, None])
     sample = dataclasses.replace(sample, settings=settings)
+    sample = with_operands(sample, bias=summed(of_rows))
     hidden, empty = jnp.arange(61) % 3 == 1, jnp.arange(37) % 5 == 2
     mask = (~hidden[None, :] & ~empty[:, None])[None, None]
     poison = lambda where, x: jnp.where(where[:, None, None], jnp.nan, x)
@@ -452,6 +456,7 @@ def test_nan_where_nobody_looks(normalizer, implementation):
             query=poison(empty, sample.operands["query"]),
             key=poison(hidden, sample.operands["key"]),
             value=poison(hidden, sample.operands["value"]),
+            bias=summed(jnp.where(empty, jnp.nan, of_rows)),
         ),
         cotangents=(poison(empty, do), poison(empty, dtau[..., None])[..., 0]),
     )

@@ -45,7 +45,11 @@ class RowStats:
             s = s - r * -inverse
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
-        return s, t.along_q(self.m) - row * inverse
+        m = t.along_q(self.m)
+        if isinstance(row, float):
+            return s, m - row * inverse
+        # what an empty row has for itself may be NaN
+        return s, jnp.where(m == jnp.inf, m, m - row * inverse)
 
     def of_one(self, x: jax.Array) -> jax.Array:
         """What x per query is as a multiple of U."""
