@@ -17,9 +17,12 @@ import pytest
 
 from pallas_attn import (
     ALiBi,
+    Bias,
     DenseBias,
     dot_product_attention,
     Entmax,
+    head_home,
+    query_home,
     Softmax,
     sparsity,
     visited,
@@ -432,6 +435,16 @@ def finite(tree):
     return jax.tree.map(lambda x: np.where(np.isfinite(x), x, 0), tree)
 
 
+class Reach(Bias):
+    """A number per head whose derivative is one of the query's."""
+
+    weight: jax.Array = head_home()
+    reach: jax.Array = query_home()
+
+    def tile(self, t):
+        return self.weight * jnp.tanh(self.reach * t.distance / 16)
+
+
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 def test_nan_where_nobody_looks(normalizer, implementation):
@@ -442,7 +455,11 @@ def test_nan_where_nobody_looks(normalizer, implementation):
     sample = Case("alibi", "full", (), normalizer).at(S=61).sample()
     settings = {**sample.settings, "logits_soft_cap": 2.0}
     slopes, of_rows = sample.operands["bias"], jnp.sin(jnp.arange(37.0))
-    summed = lambda x: slopes + DenseBias(x[None, None, :, None])
+    summed = lambda x: (
+        slopes
+        + DenseBias(x[None, None, :, None])
+        + Reach(jnp.ones((1, 1)), x[None, :, None])
+    )
     sample = dataclasses.replace(sample, settings=settings)
     sample = with_operands(sample, bias=summed(of_rows))
     hidden, empty = jnp.arange(61) % 3 == 1, jnp.arange(37) % 5 == 2

@@ -41,8 +41,8 @@ i32 = jnp.int32
 ROUNDING = 1e-6
 
 # A score that is computed again may be rounded otherwise, by a share of its addends,
-# which nobody knows. Where a row lost keys to that its bound is lowered, each time by 16
-# times as much, and at last to all keys.
+# which nobody knows. Where a row lost keys to that, its bound is lowered, each time by
+# 16 times as much, and at last to all keys.
 TRIES = 6
 
 # Halvings of an int32 range, and some.

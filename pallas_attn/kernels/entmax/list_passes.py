@@ -229,8 +229,10 @@ def list_rows_kernel(
         t0.put_rows(out["dq"], jnp.sum(state["dq"], 1) * call.scale)
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.sum(y, 1) * call.scale)
+    some = t0.stat(lists.count, 0) > 0
     for f, y in state["fields"].items():
-        t0.put_stat(out["fields"][f], y)
+        # what an empty row has for itself may be NaN
+        t0.put_stat(out["fields"][f], jnp.where(some, y, 0.0))
 
 
 def list_cols_kernel(
