@@ -123,7 +123,8 @@ def _shared_alone(kernel: Kernel, arch: int) -> dict[str, Any]:
 
 
 def _record(found: dict[str, Any]) -> Record:
-    return Record(**{x: frozenset(y) if x in PLACES else y for x, y in found.items()})
+    fields: dict[str, Any] = found | {x: frozenset(found[x]) for x in PLACES}
+    return Record(**fields)
 
 
 def _text(items: Iterable[tuple[str, dict[str, Any]]]) -> str:
