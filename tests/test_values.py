@@ -10,6 +10,7 @@ from pallas_attn.testing.cases import Case, KINDS
 from pallas_attn.testing.evaluate import (
     causal_bias,
     EXACT,
+    gradients,
     implementations,
     small,
     textbook,
@@ -98,12 +99,21 @@ def test_any_number_of_leading_axes(leading, bias, implementation):
 
 
 @everywhere
-@pytest.mark.parametrize("bias", ["sum", "co_alibi"])
-def test_float32_is_the_same_in_a_process_with_x64(bias, implementation):
+@pytest.mark.parametrize(
+    ("bias", "normalizer"),
+    [
+        ("sum", "softmax"),
+        ("co_alibi", "softmax"),
+        ("sum", "entmax 1.5"),
+        ("alibi", "entmax 1.5 top 33"),
+        ("none", "entmax learned top 8"),
+    ],
+)
+def test_float32_is_the_same_in_a_process_with_x64(bias, normalizer, implementation):
     """With jax_enable_x64 on, float32 operands give the same bits as without."""
-    sample = Case(bias, "lengths").sample()
-    run = lambda: values(
-        sample, implementation=implementation, config=small(bias), **EXACT
+    sample = Case(bias, "lengths", (), normalizer).sample()
+    run = lambda: gradients(
+        sample, implementation=implementation, config=small(bias, normalizer), **EXACT
     )
     before = run()
     with jax.enable_x64(True):

@@ -70,7 +70,7 @@ def list_candidates_kernel(
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
     first = bound_of(slots, level, power, call)
-    above = sum([jnp.sum((x >= first[:, None]).astype(i32), 1) for x in slots.tops])
+    above = sum([jnp.sum(x >= first[:, None], 1, dtype=i32) for x in slots.tops])
     need = jnp.minimum(above, 1 if call.top_k is None else call.top_k)
     size = largest_finite(slots.tops) * ROUNDING
     scores = slots.sweep.whole

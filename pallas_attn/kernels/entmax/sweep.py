@@ -68,7 +68,8 @@ class Sweep:
 
         def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
             most = largest_scores(t0, self.ops, self.held, grains, reach, j, ok)
-            return jnp.where(most < floor, -jnp.inf, jnp.inf), jnp.zeros_like(most)
+            worth = jnp.where(most < floor, jnp.full_like(most, -jnp.inf), jnp.inf)
+            return worth, jnp.zeros_like(most)
 
         blocks = pl.cdiv(t0.call.S, t0.bk)
         far = walk.holes(t0.call, self.near.sides, blocks, t0.bk, weight)
