@@ -49,6 +49,11 @@ class Call:
         """Query heads that share a key head."""
         return self.N // self.K
 
+    @property
+    def exact(self) -> bool:
+        """Whether every dot is IEEE float32."""
+        return self.dtype == "float32" and self.precision == lax.Precision.HIGHEST
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -71,3 +71,36 @@ def test_large_scores_are_as_exact_as_small_ones(name, implementation):
     drawn = sample(name)
     options = {"implementation": implementation, "config": SMALL, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
+
+
+def saturated(bias: Bias | None, causal: bool) -> Sample:
+    """Each query has a key with all of its weight, by thousands, at any distance."""
+    rng = np.random.default_rng(1)
+    codes = rng.integers(-40, 41, (1, T, 4, 32))  # no product is rounded
+    order = rng.permutation(T)
+    operands = {
+        "query": jnp.asarray(codes[:, order], jnp.float32),
+        "key": jnp.asarray(codes, jnp.float32),
+        "value": jnp.asarray(rng.standard_normal((1, T, 4, 16)), jnp.float32),
+        "bias": bias,
+    }
+    do, dlse = (rng.standard_normal((1, T, 4, *more)) for more in ((16,), ()))
+    cotangents = (jnp.asarray(do, jnp.float32), jnp.asarray(dlse, jnp.float32))
+    settings = {"scale": 1.0, "normalizer": Softmax(), "is_causal": causal}
+    if causal:  # so that all keys come before all queries
+        settings["query_offset"] = T
+    return Sample(operands, {}, settings, cotangents)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "bias",
+    [None, ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32))],
+    ids=["none", "alibi"],
+)
+def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
+    """However a pass cuts its tiles: scores of thousands are rounded alike in all."""
+    drawn = saturated(bias, causal)
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))

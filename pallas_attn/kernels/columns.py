@@ -55,7 +55,7 @@ def columns(
     main, rest = _patterns(a, b, call)
     a, b = a.astype(f32) / call.scale, b.astype(f32)
     if main == ONE and not rest:
-        dtype = f32 if _is_exact(call) else bf16
+        dtype = f32 if call.exact else bf16
         return [(a.astype(dtype), b.astype(dtype))]
     count = 1 + max(max(pair) for pair in main + rest)
     left, right = pieces(a, count), pieces(b, count)
@@ -100,7 +100,7 @@ def pieces(x: Float[Array, "*axes"], n: int) -> list[Array]:
 def _patterns(a: Array, b: Array, call: Call) -> tuple[Pattern, Pattern]:
     """The pattern of the columns that carry the gradient, and that of the others."""
     rank = a.shape[-1]
-    if _is_exact(call):
+    if call.exact:
         return ONE, ()
     if a.dtype == b.dtype == bf16:  # only the division by the scale may round
         if math.log2(call.scale) % 1 == 0:
@@ -110,11 +110,6 @@ def _patterns(a: Array, b: Array, call: Call) -> tuple[Pattern, Pattern]:
         return SIX, ()
     n = 3 if call.dtype == "float16" else 1  # float16 gradients need more of b than b1
     return SIX[:n], SIX[n:]
-
-
-def _is_exact(call: Call) -> bool:
-    """Whether every dot is IEEE float32."""
-    return call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
 
 
 def _chunks(a: jax.Array, b: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
