@@ -445,6 +445,31 @@ class Reach(Bias):
         return self.weight * jnp.tanh(self.reach * t.distance / 16)
 
 
+class Level(Bias):
+    level: jax.Array = query_home()
+
+    def tile(self, t):
+        return self.level, -0.1 * jnp.abs(t.distance)
+
+
+SHIFTS = jnp.resize(jnp.array([0.0, -1e4, -65504.0, -1e9], jnp.float32), (37,))
+
+
+@everywhere
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
+@pytest.mark.parametrize(
+    "shifted",
+    [DenseBias(SHIFTS[None, None, :, None]), Level(SHIFTS[None, :, None])],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_all_keys_of_a_query_share_costs_no_digits(
+    shifted, normalizer, implementation
+):
+    sample = Case("alibi", "causal", (), normalizer).sample()
+    sample = with_operands(sample, bias=sample.operands["bias"] + shifted)
+    assert_formula(gradients(sample, **options(implementation)), truth(sample))
+
+
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 def test_nan_where_nobody_looks(normalizer, implementation):
