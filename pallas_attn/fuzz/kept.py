@@ -6,6 +6,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         23,  # log gates of -3e38, a part of a whole row's scores
         63,  # a key that a bias takes away, NaN in it
         95,  # -1e9 in what all keys of a query share
+        200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
         7,  # a key that a bias takes away, NaN in it
