@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.dropout import drop_on, rescale
-from pallas_attn.kernels.entmax.power import power_of
+from pallas_attn.kernels.entmax.power import fuses, power_of
 from pallas_attn.kernels.entmax.support import mark, Support
 from pallas_attn.kernels.entmax.sweep import sweep_of
 from pallas_attn.kernels.instructions import uniform
@@ -51,7 +51,7 @@ def output_kernel(
     words: of the bits of a query block, to be marked here; 0 if the first pass did.
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops.added))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
 
