@@ -12,5 +12,6 @@ KEPT: dict[str, tuple[int, ...]] = {
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
         100040,  # top_k: a total that is NaN made keys that nobody wrote candidates
+        200409,  # a mean by u that was of the threshold before the last step
     ),
 }
