@@ -26,7 +26,7 @@ def census_kernel(
 ) -> None:
     """Of each row the keys that are visible, and those above its threshold; blocks."""
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops.added))
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, floor = sweep_of(t0, ops, plan), lowest(call.scale)
     m, level = t0.stat(stats["m"], jnp.inf), t0.stat(stats["level"])
     exists = t0.inside_rows()

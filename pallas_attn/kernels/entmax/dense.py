@@ -64,7 +64,7 @@ def backward(
         share = total / jnp.where(saved.m == jnp.inf, 1.0, saved.u)
     delta = _delta(res, saved, do, share, call)
     rows = (saved.m, saved.level, saved.u, delta)
-    fused = fuses(call, res.ops.added)
+    fused = fuses(call, res.ops)
     cot = Cotangents(do, *rows, res.alpha, total, fused)
     support = Support(saved.bits)
     if p.cols:

@@ -66,7 +66,7 @@ def list_candidates_kernel(
 ) -> None:
     """The bound of each row, and the keys at or above it as words of bits."""
     t0 = row_tile(ops.sight, call, cut)
-    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops.added))
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
     first = bound_of(slots, level, power, call)

@@ -113,7 +113,7 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
         },
         call,
         select_block(length),
-        fused=fuses(call, ops.added),
+        fused=fuses(call, ops),
     )
     fits = jnp.array(True)
     if call.top_k is None:

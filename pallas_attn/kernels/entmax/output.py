@@ -56,7 +56,7 @@ def output_kernel(
     words: of the bits of a query block, to be marked here; 0 if the first pass did.
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops.added))
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
     exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST

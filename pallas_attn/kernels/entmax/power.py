@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_attn.bias.base import Added
+from pallas_attn.bias.base import homes
 from pallas_attn.call import Call
 from pallas_attn.kernels.instructions import exp2, log2, relu
+from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.tile import load_number
 from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_power
 
@@ -34,10 +35,12 @@ def power_of(
     return Learned(a, functions)
 
 
-def fuses(call: Call, added: Added) -> bool:
+def fuses(call: Call, ops: Operands) -> bool:
     """Whether a score may be one multiply-add, whose error grows with the scores'.
 
-    Products of 16-bit numbers are no more exact. A term's number may be the largest of
-    a row by itself, -1e9 say, beside which the row would lose its threshold.
+    Products of 16-bit numbers are no more exact. But an array's number, or a distance
+    of given positions, may be -1e9 in all of a row, which would lose its threshold.
     """
-    return call.dtype != "float32" and not added.terms
+    steep = (term for term in ops.added.terms if term.steep)
+    arrays = any(home != "head" for term in steep for home in homes(term).values())
+    return call.dtype != "float32" and not (arrays or ops.sight.arrays.placed)

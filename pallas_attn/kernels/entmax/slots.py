@@ -58,7 +58,7 @@ def slots_kernel(
     sweep, which pays where a bound leaves few blocks and fewer of them have weight.
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops.added))
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
     t0.put_stat(out["m"], slots.m)
