@@ -70,8 +70,9 @@ def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
             by = jnp.swapaxes(places.any(3), 1, 2)
         case "key":  # [#B, S, #N, ...]
             by = jnp.swapaxes(places.any(2), 1, 2)
-        case "pair":  # [#B, #N, #T, #S]
-            by = places
+        case "pair":  # [#B, #N, #T, #S]; what a whole row shares stays one number
+            shared = tuple(axis for axis in (2, 3) if x.shape[axis] == 1)
+            by = places.any(shared, keepdims=True)
         case _:
             return x
     by = by.reshape(by.shape + (1,) * (x.ndim - by.ndim))

@@ -275,31 +275,39 @@ ROWS = {
     "huge": lambda x: 1e4 * x,
     "tiny": lambda x: 1e-4 * x,
     "far from 0": lambda x: x - 300.0,
+    "lowered": lambda x: x - 1e9,
 }
 
 
 @everywhere_and_dense
 @pytest.mark.parametrize(
-    "normalizer",
-    ["entmax 1.1", "entmax 1.25", "entmax 1.5", "entmax 1.75", "entmax 2.0"]
-    + ["entmax learned", "entmax 1.5 top 8", "entmax 2.0 top 3"],
+    ("normalizer", "dtype"),
+    [
+        *((f"entmax {alpha}", "float32") for alpha in (1.1, 1.25, 1.5, 1.75, 2.0)),
+        ("entmax learned", "float32"),
+        ("entmax 1.5 top 8", "float32"),
+        ("entmax 2.0 top 3", "float32"),
+        ("entmax 1.75", "bfloat16"),
+        ("entmax 2.0 top 3", "float16"),
+    ],
 )
-def test_weights_of_any_row_add_up_to_1(normalizer, implementation):
-    s = Case("none").at(N=4, K=1, T=16).sizes
+def test_weights_of_any_row_add_up_to_1(normalizer, dtype, implementation):
+    s = Case("none").at(N=4, K=1, T=16, dtype=jnp.dtype(dtype)).sizes
+    close = 1e-5 if dtype == "float32" else float(jnp.finfo(s.dtype).eps)
     keys = jax.random.split(jax.random.key(3), len(ROWS))
     for make, key in zip(ROWS.values(), keys, strict=True):
         rows = make(normal(key, s.T, s.S))[None].at[:, 7].set(-jnp.inf)
         output, residual = dot_product_attention(
-            jnp.zeros((s.T, s.N, s.H)),
-            jnp.zeros((s.S, s.K, s.H)),
-            jnp.ones((s.S, s.K, 1)),
+            jnp.zeros((s.T, s.N, s.H), s.dtype),
+            jnp.zeros((s.S, s.K, s.H), s.dtype),
+            jnp.ones((s.S, s.K, 1), s.dtype),
             rows,
             normalizer=NORMALIZERS[normalizer](key, s),
             return_residual=True,
             **options(implementation),
         )
         alive = np.arange(s.T) != 7
-        assert np.abs(output[alive] - 1).max() <= 1e-5
+        assert np.abs(output[alive].astype(jnp.float32) - 1).max() <= close
         assert np.isfinite(residual[alive]).all()
         assert_zero(output[~alive])
         assert np.isinf(residual[~alive]).all()
@@ -443,6 +451,31 @@ class Reach(Bias):
 
     def tile(self, t):
         return self.weight * jnp.tanh(self.reach * t.distance / 16)
+
+
+class Level(Bias):
+    level: jax.Array = query_home()
+
+    def tile(self, t):
+        return self.level, -0.1 * jnp.abs(t.distance)
+
+
+SHIFTS = jnp.resize(jnp.array([0.0, -1e4, -65504.0, -1e9], jnp.float32), (37,))
+
+
+@everywhere
+@pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
+@pytest.mark.parametrize(
+    "shifted",
+    [DenseBias(SHIFTS[None, None, :, None]), Level(SHIFTS[None, :, None])],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_all_keys_of_a_query_share_costs_no_digits(
+    shifted, normalizer, implementation
+):
+    sample = Case("alibi", "causal", (), normalizer).sample()
+    sample = with_operands(sample, bias=sample.operands["bias"] + shifted)
+    assert_formula(gradients(sample, **options(implementation)), truth(sample))
 
 
 @everywhere_and_dense

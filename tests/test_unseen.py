@@ -49,6 +49,7 @@ ROWS = [
     Row("lengths", "sum", "dropout", GROUPED),
     Row("window", "co_alibi", "scale dropout"),
     Row("mask", "sum-factored dense", "scale dropout", GROUPED),
+    Row("segments", "dense-11T1", "learned scale"),
     Row("bias BNTS", "none", "scale"),
     Row("bias BNTS", "none", "dropout", (("H", 80), ("h", 80))),
     Row("bias 1NTS", "saturating", "cap scale"),
@@ -68,11 +69,13 @@ CALLS = [
 @pytest.mark.parametrize(("row", "implementation"), CALLS, ids=str)
 def test_poison_reaches_nothing(row, implementation):
     """NaN and inf in all that no place reads, cotangents too, change no result."""
-    case = Case(row.bias).at(**{"T": T, "S": S, "B": 2, **dict(row.sizes)})
+    extra = row.extra.split()
+    normalizer = "entmax learned" if "learned" in extra else "softmax"
+    case = Case(row.bias, normalizer=normalizer)
+    case = case.at(**{"T": T, "S": S, "B": 2, **dict(row.sizes)})
     sizes, sample = case.sizes, case.sample()
     veil, _, form = row.veil.partition(" ")
     conditions, settings, places = VEILS[veil](sizes)
-    extra = row.extra.split()
     if "cap" in extra:
         settings["logits_soft_cap"] = 0.9
     if "dropout" in extra:
@@ -94,6 +97,7 @@ def test_poison_reaches_nothing(row, implementation):
     if hiding is not None:
         spoiled["bias"] = hidden_by(spoiled["bias"], hiding)
         operands["bias"] = hidden_by(operands["bias"], jnp.full_like(hiding, 0.5))
+    settings = {**sample.settings, **settings}
     clean = replace(sample, operands=operands, conditions=conditions, settings=settings)
     rows = np.swapaxes(places.any(3), 1, 2)
     do, dlse = sample.cotangents

@@ -214,7 +214,7 @@ def poisoned(
             most = conditions["key_value_seq_lengths"]
             for axis in range(len(plan.L)):  # x is [#B, S, #N]
                 if x.shape[axis] == 1:
-                    most = most.max(axis, keepdims=True)
+                    most = most.max(axis, keepdims=True, initial=0)
             gone = np.arange(plan.S)[:, None] >= most[..., None, None]
             operands[name] = np.where(gone, bad(x), x)
     dead = ~found.alive

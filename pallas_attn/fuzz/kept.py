@@ -6,10 +6,12 @@ KEPT: dict[str, tuple[int, ...]] = {
         23,  # log gates of -3e38, a part of a whole row's scores
         63,  # a key that a bias takes away, NaN in it
         95,  # -1e9 in what all keys of a query share
+        200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
         100040,  # top_k: a total that is NaN made keys that nobody wrote candidates
+        200409,  # a mean by u that was of the threshold before the last step
     ),
 }

@@ -78,8 +78,10 @@ def _entmax(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
     """The weights p of a chunk and its residual."""
     p, residual = _solved(logits, alpha, call)
     a = exponents(alpha, call) - 1
-    residual = residual + jnp.where(a == 0, 1, a) * logits.shift
     alive = logits.visible.any(3, keepdims=True)
+    # the cotangent of an empty row may be NaN
+    shifted = residual + jnp.where(a == 0, 1, a) * logits.shift
+    residual = jnp.where(alive, shifted, residual)
     return Weights(p, lambda o: jnp.where(alive, o, 0), lambda: residual)
 
 

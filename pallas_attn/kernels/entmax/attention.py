@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added
-from pallas_attn.call import Call, Visibility
+from pallas_attn.bias.base import Added, Bias, homes, parts_on, Region
+from pallas_attn.bias.dense import DenseBias
+from pallas_attn.call import Call, positions, Visibility
 from pallas_attn.kernels.attention import share, wanted_of
-from pallas_attn.kernels.entmax.choice import backward, forward, prepared
+from pallas_attn.kernels.entmax.choice import (
+    backward,
+    forward,
+    prepared,
+    residual_by_score,
+)
 from pallas_attn.kernels.entmax.operands import Residuals
 from pallas_attn.kernels.entmax.shares import census
 from pallas_attn.kernels.operands import Operands, Wanted
+
+
+f32 = jnp.float32
+
+# Of a score near -1e30, where keys lose their weight, a float32 does not hold so much.
+UNSEEN = 1e22
 
 
 def attend(
@@ -28,9 +42,63 @@ def attend(
     call: Call,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and threshold; differentiable once, in reverse mode."""
+    added, shift = without_shift(added, visibility, call)
     ops, call = prepared(query, key, value, added, visibility, call)
     o, tau = _attend((ops, alpha), call)
+    if shift is not None:
+        by_shift = residual_by_score(alpha, call)
+        tau = jnp.where(jnp.isinf(tau), tau, tau + by_shift * shift)
     return o, jnp.swapaxes(tau, 1, 2)
+
+
+def without_shift(
+    added: Added, visibility: Visibility, call: Call
+) -> tuple[Added, Float[Array, "#B #N #T"] | None]:
+    """The bias without what it gives all keys of a query alike, and that.
+
+    Weights do not see it, and a threshold beside -1e9 has no digits left for scores.
+    What takes a row away, or is no number, stays. In a user's term it meets its
+    negative: these are added up first.
+    """
+    met, others, shifts = [], [], []
+    for term in added.terms:
+        if isinstance(term, DenseBias):
+            if term.bias.shape[3] == 1:
+                unseen = jnp.abs(term.bias) < UNSEEN
+                shifts.append(jnp.where(unseen, term.bias, 0)[..., 0].astype(f32))
+                kept = jnp.where(unseen, 0, lax.stop_gradient(term.bias))
+                term = replace(term, bias=kept)
+        elif term.steep and not term.running:
+            x = _of_rows(term, visibility, call)
+            if x is not None:
+                x = jnp.where(jnp.abs(x) < UNSEEN, x, 0)
+                shifts.append(x[..., 0])
+                met += [DenseBias(-x), term]
+                continue
+        others.append(term)
+    shift = sum(shifts[1:], shifts[0]) if shifts else None
+    return Added((*met, *others), added.products), shift
+
+
+def _of_rows(
+    term: Bias, visibility: Visibility, call: Call
+) -> Float[Array, "#B #N #T 1"] | None:
+    """The sum of a term's parts that do not depend on the key, looked at on one key."""
+    queries, keys = positions(call, visibility)
+    of_keys = {"key": (slice(None), slice(1)), "pair": (..., slice(1))}
+    fields = {
+        name: getattr(term, name)[of_keys[home]]
+        for name, home in homes(term).items()
+        if home in of_keys
+    }
+    on = lambda keys: Region(queries[..., :, None], keys[..., None, :])
+    whole = jax.eval_shape(lambda: parts_on(term, on(keys)))
+    alike = [jnp.ndim(part) < 4 or part.shape[3] == 1 for part in whole]
+    if not any(alike):
+        return None
+    parts = parts_on(replace(term, **fields), on(keys[..., :1]))
+    rows = [part for part, is_row in zip(parts, alike, strict=True) if is_row]
+    return lax.stop_gradient(sum(rows, jnp.zeros((1, 1, 1, 1), f32)))
 
 
 def sparsity_shares(
@@ -43,6 +111,7 @@ def sparsity_shares(
     call: Call,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """The shares of visible pairs whose weight is 0, and of blocks without any."""
+    added, _ = without_shift(added, visibility, call)
     ops, call = prepared(query, key, value, added, visibility, call)
     _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
     found = census(res, call)
@@ -59,6 +128,7 @@ def visited_blocks(
     call: Call,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that the output, rows and cols visit."""
+    added, _ = without_shift(added, visibility, call)
     ops, call = prepared(query, key, value, added, visibility, call)
     _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
     active = census(res, call).active

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.call import Call
-from pallas_attn.kernels.entmax.power import power_of
+from pallas_attn.kernels.entmax.power import fuses, power_of
 from pallas_attn.kernels.entmax.sweep import sweep_of
 from pallas_attn.kernels.operands import Operands
 from pallas_attn.kernels.owner import query_tile, report
@@ -26,7 +26,7 @@ def census_kernel(
 ) -> None:
     """Of each row the keys that are visible, and those above its threshold; blocks."""
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, floor = sweep_of(t0, ops, plan), lowest(call.scale)
     m, level = t0.stat(stats["m"], jnp.inf), t0.stat(stats["level"])
     exists = t0.inside_rows()

@@ -106,12 +106,10 @@ def backward(
 ) -> tuple[Operands, Array | None]:
     """The gradient of every operand and of alpha; None where nobody asked."""
     p = plan(call, res.ops.sight, res.ops.added, res.wanted, may_store=False)
-    a, empty = _a(res.alpha, call), res.m == jnp.inf
     total = None
     if dtau is not None:
-        # The residual where alpha is 1 is the log-sum-exp, which no factor a divides.
-        dtau = jnp.where(empty, 0.0, dtau)
-        total = dtau * jnp.where(a == 0, 1.0, a)
+        dtau = jnp.where(res.m == jnp.inf, 0.0, dtau)
+        total = dtau * residual_by_score(res.alpha, call)
 
     def by_tiles() -> Any:
         assert res.dense is not None
@@ -149,6 +147,12 @@ def _threshold_of(alpha: Any, m: Array, level: Array, call: Call) -> Array:
     tau = power.threshold(m * call.scale, level)
     is_lse = jnp.asarray(a == 0)
     return jnp.where(m == jnp.inf, jnp.where(is_lse, -jnp.inf, jnp.inf), tau)
+
+
+def residual_by_score(alpha: Any, call: Call) -> Any:
+    """What the residual moves by when all scores do: a; of the log-sum-exp, 1."""
+    a = _a(alpha, call)
+    return jnp.where(a == 0, 1.0, a)
 
 
 def _a(alpha: Any, call: Call) -> Any:

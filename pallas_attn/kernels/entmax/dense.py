@@ -17,6 +17,7 @@ from pallas_attn.kernels.entmax.alpha import alpha_kernel
 from pallas_attn.kernels.entmax.blocks import with_wide_keys
 from pallas_attn.kernels.entmax.operands import Cotangents, Dense, Residuals
 from pallas_attn.kernels.entmax.output import output_kernel
+from pallas_attn.kernels.entmax.power import fuses
 from pallas_attn.kernels.entmax.slots import slots_kernel
 from pallas_attn.kernels.entmax.support import by_key, Support, words_of
 from pallas_attn.kernels.launch import launch
@@ -62,7 +63,9 @@ def backward(
     if total is not None:
         share = total / jnp.where(saved.m == jnp.inf, 1.0, saved.u)
     delta = _delta(res, saved, do, share, call)
-    cot = Cotangents(do, saved.m, saved.level, saved.u, delta, res.alpha, total)
+    rows = (saved.m, saved.level, saved.u, delta)
+    fused = fuses(call, res.ops)
+    cot = Cotangents(do, *rows, res.alpha, total, fused)
     support = Support(saved.bits)
     if p.cols:
         block = block_of(call, p, "cols")

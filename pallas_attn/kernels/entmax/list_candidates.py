@@ -20,7 +20,7 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.kernels.entmax.list_blocks import keys_of_word
 from pallas_attn.kernels.entmax.list_pairs import row_tile, scatter_listed
-from pallas_attn.kernels.entmax.power import power_of
+from pallas_attn.kernels.entmax.power import fuses, power_of
 from pallas_attn.kernels.entmax.slots import fill, slot_level, Slots
 from pallas_attn.kernels.entmax.sweep import Sweep, sweep_of
 from pallas_attn.kernels.instructions import uniform
@@ -66,7 +66,7 @@ def list_candidates_kernel(
 ) -> None:
     """The bound of each row, and the keys at or above it as words of bits."""
     t0 = row_tile(ops.sight, call, cut)
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
     first = bound_of(slots, level, power, call)

@@ -104,6 +104,7 @@ def list_select_kernel(
     *,
     call: Call,
     cut: Block,
+    fused: bool,
 ) -> None:
     """The largest top_k of a list (of equal ones the first), and their weights.
 
@@ -111,7 +112,7 @@ def list_select_kernel(
     row that is nearly right.
     """
     t0 = row_tile(sight, call, cut)
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fused)
     n, length, width = t0.bq, cut.block_k, out["keys"].shape[-1]
     count = t0.stat(scores["count"], 0)
     has = jnp.arange(length, dtype=i32)[None, :] < count[:, None]

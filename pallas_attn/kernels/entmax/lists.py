@@ -41,6 +41,7 @@ from pallas_attn.kernels.entmax.list_select import (
     list_scores_kernel,
     list_select_kernel,
 )
+from pallas_attn.kernels.entmax.power import fuses
 from pallas_attn.kernels.launch import launch, like
 from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.passes import columns_of, grains
@@ -112,6 +113,7 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
         },
         call,
         select_block(length),
+        fused=fuses(call, ops),
     )
     fits = jnp.array(True)
     if call.top_k is None:

@@ -68,11 +68,12 @@ class Cotangents:
     delta: Any  # [B, N, T]
     alpha: Any  # [#B, #N]; None: static
     dlse: Any = None  # [B, N, T], what a row of dS adds up to; None: 0
+    fused: bool = field(default=False, metadata={"static": True})
 
     def of_rows(self, t: Tile) -> RowStats:
         """The statistics of a tile's queries."""
         return RowStats(
-            power_of(t.call, self.alpha, t.b, t.h),
+            power_of(t.call, self.alpha, t.b, t.h, fused=self.fused),
             t.stat(self.m, jnp.inf),
             t.stat(self.level),
             t.stat(self.u),

@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.kernels.dropout import drop_on, rescale
-from pallas_attn.kernels.entmax.power import power_of
+from pallas_attn.kernels.entmax.power import fuses, power_of
 from pallas_attn.kernels.entmax.support import mark, Support
 from pallas_attn.kernels.entmax.sweep import sweep_of
 from pallas_attn.kernels.instructions import uniform
@@ -23,6 +23,10 @@ from pallas_attn.normalizers.entmax import left_by, steps, TINY
 
 f32 = jnp.float32
 i32 = jnp.int32
+
+# What the last step may change sum u by, where float32 shall have its digits: so many
+# times what it may leave of sum p = 1.
+SLOPE = 1024
 
 # More sweeps than any row has needed.
 MOST_SWEEPS = 20
@@ -46,14 +50,16 @@ def output_kernel(
     is left is taken on the output itself,
         o(L + step) = sum p v - (sum p - 1) / sum u * sum u v + O(step^2),
     whose weights add up to 1. Where that last part, F'' step^2 / 2, is above the
-    tolerance, the step is taken and the sweep done again.
+    tolerance, the step is taken and the sweep done again; and where sum u would move
+    by much, F'' step / F' of it, if all digits of float32 are wanted.
 
     words: of the bits of a query block, to be marked here; 0 if the first pass did.
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
+    exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
 
     def add(level: jax.Array, t: Tile, state: Any) -> Any:
         p_sum, u_sum, p_v, u_v, bits = state
@@ -87,7 +93,11 @@ def output_kernel(
         sums, visits = over_blocks(level)
         p, u = sums[:2]
         step = jnp.where(p <= 0, 0.0, steps(power, p, u, r))
-        left = jnp.where(p <= 0, 0.0, left_by(power, p, u, r))
+        left = left_by(power, p, u, r)
+        if exact:
+            # o2 and sum u are of the threshold before the step
+            left = jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
+        left = jnp.where(p <= 0, 0.0, left)
         more = (jnp.max(left) > tolerance) & (n + 1 < MOST_SWEEPS)
         bits = jnp.where(n == 0, sums[4], bits)
         more = uniform(call, more.astype(i32))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.call import Call
-from pallas_attn.kernels.entmax.power import power_of
+from pallas_attn.kernels.entmax.power import fuses, power_of
 from pallas_attn.kernels.entmax.support import mark
 from pallas_attn.kernels.entmax.sweep import Sweep, sweep_of
 from pallas_attn.kernels.operands import Operands
@@ -58,7 +58,7 @@ def slots_kernel(
     sweep, which pays where a bound leaves few blocks and fewer of them have weight.
     """
     t0 = query_tile(ops.sight, call, plan, "forward")
-    power = power_of(call, alpha, t0.b, t0.h)
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
     t0.put_stat(out["m"], slots.m)
