@@ -87,17 +87,20 @@ def output_kernel(
         marked = Support(found["bits"])
         return marked.over_keys(t0, ops, sweep.held, None, plan, step, blank)
 
+    def remaining(p: jax.Array, u: jax.Array) -> jax.Array:
+        left = left_by(power, p, u, r)
+        if not exact:
+            return left
+        # o2 and sum u are of the threshold before the step
+        return jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
+
     def again(state: Any) -> Any:
         level, step, _, bits, _, n, _ = state
         level = power.lowered(level, step)
         sums, visits = over_blocks(level)
         p, u = sums[:2]
         step = jnp.where(p <= 0, 0.0, steps(power, p, u, r))
-        left = left_by(power, p, u, r)
-        if exact:
-            # o2 and sum u are of the threshold before the step
-            left = jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
-        left = jnp.where(p <= 0, 0.0, left)
+        left = jnp.where(p <= 0, 0.0, remaining(p, u))
         more = (jnp.max(left) > tolerance) & (n + 1 < MOST_SWEEPS)
         bits = jnp.where(n == 0, sums[4], bits)
         more = uniform(call, more.astype(i32))
