@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias
-from pallas_attn.canonical import Canonical, canonical
+from pallas_attn.canonical import canonical, Request
 from pallas_attn.checks import options as check
 from pallas_attn.config import Config
 from pallas_attn.implementations import (
@@ -288,15 +288,15 @@ def dot_product_attention(
     return attended(given, return_residual)
 
 
-def attended(given: Canonical, return_residual: bool) -> Any:
-    """What a canonical call returns, its leading axes as they were given."""
-    sizes = given.sizes
+def attended(given: Request, return_residual: bool) -> Any:
+    """What a call returns, its leading axes as they were given."""
+    sizes, problem = given.sizes, given.problem
     if sizes.empty:
-        output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
+        output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), problem.query.dtype)
         residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
         made = (output, residual)
     else:
-        attend = attend_of(given.implementation, given.kind)
+        attend = attend_of(given.implementation, problem.family)
         made = run(attend, given, 2 if return_residual else 1)
     led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
     return led if return_residual else led[0]
@@ -367,7 +367,7 @@ def visited(
         config=config,
     )
     sizes = given.sizes
-    blocks = visited_of(given.implementation, given.kind)
+    blocks = visited_of(given.implementation, given.problem.family)
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
@@ -446,7 +446,7 @@ def sparsity(
         config=config,
     )
     sizes = given.sizes
-    count = sparsity_of(given.implementation, given.kind)
+    count = sparsity_of(given.implementation, given.problem.family)
     if sizes.empty or count is None:
         shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
     else:

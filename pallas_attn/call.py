@@ -35,8 +35,6 @@ class Call:
     window: tuple[int, int] | None = None  # (left, right), inclusive, in positions
     offset: int | None = 0  # position of query 0; None: Visibility.offset has it
     precision: lax.Precision | None = None
-    alpha: float | None = 1.0  # of entmax; None: it is an array
-    top_k: int | None = None  # None: every visible key
     soft_cap: float | None = None  # of scale q.k; None: there is none
     dropout: float = 0.0  # the rate; > 0: Visibility.seed is there
     dropout_shared: bool = False  # one mask for all batch entries and heads

@@ -22,6 +22,7 @@ from pallas_attn.checks import (
 from pallas_attn.implementations import current_device, resolve
 from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.problem import Problem
 from pallas_attn.shapes import flattened, Sizes
 
 
@@ -32,41 +33,19 @@ RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3}
 LEAST_SCALE = 2.0**-20
 
 
-class Canonical(NamedTuple):
-    """A call as the implementations take it, which of them, and the sizes as given."""
+class Request(NamedTuple):
+    """A call that has been checked: what is to be computed, by whom, in which shape."""
 
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K h"]
-    bias: Added | CoALiBi
-    visibility: Visibility
-    call: Call
+    problem: Problem
     implementation: str
-    sizes: Sizes
-    alpha: Float[Array, "#B #N"] | None = None  # where `call.alpha` is None
-
-    @property
-    def kind(self) -> str:
-        """Whose functions take the call, as in `implementations.MODULES`."""
-        if isinstance(self.bias, CoALiBi):
-            return "co_alibi"
-        return "softmax" if _is_softmax(self.call.alpha, self.call.top_k) else "entmax"
-
-    @property
-    def operands(self) -> tuple[Any, ...]:
-        """The arguments of an implementation; alpha is the fifth of entmax."""
-        if self.kind == "entmax":
-            return (*self[:4], self.alpha, *self[4:6])
-        return self[:6]
+    sizes: Sizes  # as given, before the leading axes became one
 
     @property
     def residual_of_nothing(self) -> Float[Array, "#B 1 #N"]:
         """The residual of a query that sees no key."""
-        is_lse = jnp.full((1, 1), self.call.alpha == 1)
-        if self.alpha is not None:
-            is_lse = self.alpha == 1
+        is_lse = jnp.atleast_2d(jnp.asarray(self.problem.normalizer.residual_is_lse))
         residual = jnp.where(is_lse, -jnp.inf, jnp.inf)[:, None, :]
-        return residual.astype(accumulator(self.query.dtype))
+        return residual.astype(accumulator(self.problem.query.dtype))
 
 
 def canonical(
@@ -94,7 +73,7 @@ def canonical(
     config: Any,
     dropout_rng: Any = None,
     broadcast_dropout: bool = False,
-) -> Canonical:
+) -> Request:
     """Checks every argument of `dot_product_attention`; flattens leading axes.
 
     broadcast_dropout: drop the same pairs in all batch entries and heads.
@@ -122,8 +101,8 @@ def canonical(
         seed=seed,
     )
     bias = check_bias.given(bias, sizes)
-    alpha, top_k = _alpha_and_top_k(normalizer, sizes, accumulator(q.dtype))
-    sparse = not _is_softmax(alpha, top_k)
+    normalizer = _normalizer(normalizer, sizes, accumulator(q.dtype))
+    sparse = isinstance(normalizer, Entmax)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
     device = current_device()
@@ -148,8 +127,6 @@ def canonical(
         window=check_static.window(local_window_size),
         offset=offset if isinstance(offset, int) else None,
         precision=check_static.precision(precision),
-        alpha=alpha if isinstance(alpha, float) else None,
-        top_k=top_k,
         soft_cap=soft_cap,
         dropout=rate,
         dropout_shared=check_static.flag("broadcast_dropout", broadcast_dropout),
@@ -159,11 +136,8 @@ def canonical(
     )
     place = _place(sizes, call, visibility, alone=_one_placed(bias))
     bias = _bias(bias, sizes, place)
-    learned = None
-    if not isinstance(alpha, int | float):
-        learned = alpha.astype(accumulator(q.dtype))[None]
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
-    return Canonical(q, k, v, bias, visibility, call, name, sizes, learned)
+    return Request(Problem(q, k, v, bias, normalizer, visibility, call), name, sizes)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -171,20 +145,17 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _alpha_and_top_k(
-    normalizer: Softmax | Entmax, sizes: Sizes, dtype: Any
-) -> tuple[float | Float[Array, " N"], int | None]:
-    """Those of entmax; softmax has alpha 1 and every visible key."""
-    if isinstance(normalizer, Softmax):
-        return 1.0, None
-    alpha, top_k = check.alpha(normalizer.alpha, sizes), normalizer.top_k
-    if isinstance(alpha, float) and not takes_power(alpha):
+def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | Entmax:
+    """What is softmax by another name as that; a learned alpha as [1, N]."""
+    if isinstance(given, Softmax):
+        return given
+    alpha, top_k = check.alpha(given.alpha, sizes), given.top_k
+    top_k = None if top_k is None or top_k >= sizes.S else int(top_k)
+    if not isinstance(alpha, int | float):
+        return Entmax(alpha.astype(dtype)[None], top_k)
+    if not takes_power(alpha):
         alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
-    return alpha, None if top_k is None or top_k >= sizes.S else int(top_k)
-
-
-def _is_softmax(alpha: Any, top_k: int | None) -> bool:
-    return isinstance(alpha, float) and alpha == 1 and top_k is None
+    return Softmax() if alpha == 1 and top_k is None else Entmax(alpha, top_k)
 
 
 def _scaled(

@@ -10,7 +10,7 @@ from typing import Any, get_args, Literal, NamedTuple
 import jax
 
 
-# Kinds of calls, each with functions of its own, and where they are.
+# Families of calls, each with functions of its own, and where they are.
 MODULES = {
     "softmax": ("attention", "attention"),
     "entmax": ("entmax", "entmax.attention"),
@@ -120,30 +120,30 @@ def resolve(
     return Choice(None, "; ".join(refusals))
 
 
-def attend_of(name: str, kind: str) -> Callable[..., Any]:
-    """The function behind a name, imported when it is first used.
+def attend_of(name: str, family: str) -> Callable[..., Any]:
+    """The function of a `Problem` behind a name, imported when it is first used.
 
     Args:
         name: One of `NAMES`.
-        kind: One of `MODULES`.
+        family: One of `MODULES`.
     """
-    return _module(name, kind).attend
+    return _module(name, family).attend
 
 
-def visited_of(name: str, kind: str) -> Callable[..., Any] | None:
+def visited_of(name: str, family: str) -> Callable[..., Any] | None:
     """What counts the blocks that an implementation visits; None: it visits all."""
     if name in ("xla", "reference"):
         return None
-    return _module(name, kind).visited_blocks
+    return _module(name, family).visited_blocks
 
 
-def sparsity_of(name: str, kind: str) -> Callable[..., Any] | None:
+def sparsity_of(name: str, family: str) -> Callable[..., Any] | None:
     """What counts weights of 0 and blocks without weight; None: there are none."""
-    return _module(name, kind).sparsity_shares if kind == "entmax" else None
+    return _module(name, family).sparsity_shares if family == "entmax" else None
 
 
-def _module(name: str, kind: str) -> Any:
-    plain, kernels = MODULES[kind]
+def _module(name: str, family: str) -> Any:
+    plain, kernels = MODULES[family]
     if name in ("xla", "reference"):
         return importlib.import_module(f"pallas_attn.{name}.{plain}")
     return importlib.import_module(f"pallas_attn.kernels.{kernels}")

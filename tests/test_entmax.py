@@ -548,8 +548,8 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
         implementation=kernel_implementation(),
         config=SMALL_ENTMAX,
     )
-    ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
-    _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
+    ops, alpha, call = choice.prepared(given.problem)
+    _, found = choice.forward(ops, alpha, call, Wanted(), wants_alpha=False)
     assert bool(found.lists.fits) == fits
 
 

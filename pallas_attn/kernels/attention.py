@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.kernels import passes
 from pallas_attn.kernels.columns import factor_gradient, with_columns
 from pallas_attn.kernels.operands import Operands, Residuals, Wanted
@@ -19,39 +19,36 @@ from pallas_attn.kernels.plan import is_row_constant, Plan, plan
 from pallas_attn.kernels.terms import Field, fields, home, with_fields
 from pallas_attn.kernels.visible import sight
 from pallas_attn.placement.names import named
+from pallas_attn.problem import Problem
 
 
 f32 = jnp.float32
 LN2 = 0.6931471805599453
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and log-sum-exp; differentiable once, in reverse mode."""
-    if not 1e-6 < call.scale < 1e6:  # scores in units of q.k would leave float32
-        query = (query.astype(f32) * call.scale).astype(query.dtype)
-        call = replace(call, scale=1.0)
-    ops = Operands(query, key, value, added, sight(call, visibility))
+    ops, call = operands(problem)
     o, lse = _attend(ops, call)
     return o, jnp.swapaxes(lse, 1, 2)
 
 
+def operands(problem: Problem) -> tuple[Operands, Call]:
+    """What the passes read, and a scale that leaves scores in units of q.k float32."""
+    query, call, added = problem.query, problem.call, problem.bias
+    assert isinstance(added, Added)
+    if not 1e-6 < call.scale < 1e6:
+        query = (query.astype(f32) * call.scale).astype(query.dtype)
+        call = replace(call, scale=1.0)
+    seen = sight(call, problem.visibility)
+    return Operands(query, problem.key, problem.value, added, seen), call
+
+
 def visited_blocks(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops = Operands(query, key, value, added, sight(call, visibility))
+    ops, call = operands(problem)
     wanted = Wanted(q=True, k=True, v=True)
     _, res = _forward(ops, call, wanted)
     ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_attn.flax_state import serializable
 from pallas_attn.normalizers.softmax import LOG2E
@@ -75,8 +75,15 @@ class Entmax:
     1909.00015); Goncalves et al., AdaSplash (arXiv 2502.12082).
     """
 
+    family: ClassVar[str] = "entmax"
+
     alpha: float | Float[Array, " N"] = 1.5
     top_k: int | None = None
+
+    @property
+    def residual_is_lse(self) -> bool | Bool[Array, " N"]:
+        """Whether a residual is the log-sum-exp: where alpha is 1."""
+        return self.alpha == 1
 
     def __repr__(self) -> str:
         return with_fields(self)

@@ -10,6 +10,7 @@ import jax
 from pallas_attn.bias.base import Added, homes
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Visibility
+from pallas_attn.problem import Problem
 
 
 # The axes of a field with each home; an axis of size 1 is shared.
@@ -39,32 +40,29 @@ ARGUMENTS = {
 
 
 class Axes(NamedTuple):
-    """An array's argument and the letters of its axes; a leaf in the array's place."""
+    """An array's argument and the letters of its axes."""
 
     name: str
     letters: str
 
 
-def axes_of(arrays: list[Any]) -> list[Any]:
-    """The axes of [query, key, value, bias, (alpha,) visibility], as a tree like it.
-
-    Only `leaves` reads it.
-    """
-    bias, *alpha, visibility = arrays[3:]
-    found: list[Any] = [
-        Axes("query", "BTNH"),
-        Axes("key", "BSKH"),
-        Axes("value", "BSKh"),
-        _of_bias(bias),
-    ]
-    found += [None if x is None else Axes("normalizer.alpha", "BN") for x in alpha]
-    return [*found, _of_visibility(visibility)]
+def axes_of(problem: Problem) -> list[Axes]:
+    """The axes of every array of a problem, in the order of its leaves."""
+    found: Any = Problem(
+        Axes("query", "BTNH"),  # pyright: ignore[reportArgumentType]
+        Axes("key", "BSKH"),  # pyright: ignore[reportArgumentType]
+        Axes("value", "BSKh"),  # pyright: ignore[reportArgumentType]
+        _of_bias(problem.bias),
+        jax.tree.map(lambda _: Axes("normalizer.alpha", "BN"), problem.normalizer),
+        _of_visibility(problem.visibility),
+        problem.call,
+    )
+    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, Axes))
 
 
-def leaves(arrays: Any, axes: Any) -> list[tuple[Any, Axes]]:
-    """Every array with its axes."""
-    every = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, Axes))
-    return list(zip(jax.tree.leaves(arrays), every, strict=True))
+def leaves(problem: Problem) -> list[tuple[Any, Axes]]:
+    """Every array of a problem with its axes."""
+    return list(zip(jax.tree.leaves(problem), axes_of(problem), strict=True))
 
 
 def _of_bias(bias: Added | CoALiBi) -> Any:

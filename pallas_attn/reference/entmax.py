@@ -41,12 +41,15 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Added, spread
-from pallas_attn.call import Call, Visibility
 from pallas_attn.dropout import dropped
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.problem import Problem
 from pallas_attn.reference import attention
 from pallas_attn.reference.attention import (
-    accumulator,
+    bias_cotangents,
+    cotangent,
     einsum,
+    forward_with,
     operand_cotangents,
     region,
     Rows,
@@ -68,43 +71,20 @@ OF_LOG1P = [(-1) ** n / (n + 1) for n in range(16)]
 Solve = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention with entmax, differentiated by JAX: the specification.
-
-    Args:
-        query: Any floating dtype; float64 makes everything float64.
-        key: Of the same dtype; query head n reads key head n // (N // K).
-        value: Of the same dtype.
-        added: The bias.
-        alpha: Where `call.alpha` is None.
-        visibility: The arrays that decide who may attend to whom.
-        call: The static facts.
 
     Returns:
         The output in the query's dtype, and the residual of each row: tau, +inf where
         it sees nothing; where alpha is 1, the log-sum-exp.
     """
-    row, _ = rows(query, key, value, added, alpha, visibility, call)
-    return row.output.astype(query.dtype), row.lse
+    row, _ = rows(problem)
+    return row.output.astype(problem.query.dtype), row.lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@jax.custom_vjp
 def attend_with_written_backward(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward written out: what the kernels compute, densely.
 
@@ -115,31 +95,19 @@ def attend_with_written_backward(
     Where alpha is 1 the residual is the log-sum-exp, of which dT has u dlse / sum u and
     dalpha nothing.
     """
-    return attend(query, key, value, added, alpha, visibility, call)
+    return attend(problem)
 
 
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    alpha: Array | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[tuple[Array, Array], Any]:
-    operands = (query, key, value, added, alpha, visibility)
-    return attend(*operands, call), operands
-
-
-def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
-    query, key, value, added, alpha, visibility = operands
-    row, t = rows(query, key, value, added, alpha, visibility, call)
+def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
+    call, normalizer = problem.call, problem.normalizer
+    assert isinstance(normalizer, Entmax)
+    row, t = rows(problem)
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
     do, dtau = (x.astype(t.dtype) for x in cotangents)
     do, dtau = jnp.where(alive[..., None], do, 0), jnp.where(alive, dtau, 0)
     dtau = jnp.swapaxes(dtau, 1, 2)[..., None]  # [B, N, T, 1]
 
-    p, a = row.weights, exponents(alpha, call) - 1
+    p, a = row.weights, exponents(normalizer, t.dtype) - 1
     u = slopes(p, a)
     total = _total(u)
     dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
@@ -147,59 +115,45 @@ def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any
     dt = u * (dp - delta + jnp.where(a == 0, 1, a) * dtau / total)
     dt = jnp.where(row.visible, dt, 0)
 
-    def bias(added: Added) -> Array:
-        zero = jnp.zeros(dt.shape, dt.dtype)
-        return sum(seen_added(row.visible, added).on(region(visibility, call)), zero)
-
-    (dadded,) = jax.vjp(bias, added)[1](dt)
-    dalpha = None
-    if alpha is not None:
+    dalpha, alpha = None, normalizer.alpha
+    if not isinstance(alpha, int | float):
         of_p = (_by_alpha(p, u, a) * (dp - delta)).sum(3, keepdims=True)
         of_tau = dtau * _residual_by_alpha(t, p, u, a)
         dalpha = (of_p + of_tau).sum((2, 3))  # [B, N]
         shared = [axis for axis in (0, 1) if alpha.shape[axis] == 1]
         dalpha = dalpha.sum(shared, keepdims=True).astype(alpha.dtype)
-    return (*operand_cotangents(row, do, dt, call), dadded, dalpha, None)
+    operands = operand_cotangents(row, do, dt, call)
+    return (cotangent(problem, operands, bias_cotangents(problem, row, dt), dalpha),)
 
 
-attend_with_written_backward.defvjp(_forward, _backward)
+attend_with_written_backward.defvjp(forward_with(attend), _backward)
 
 
 def sparsity_shares(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """The shares of visible pairs without weight, and of skipped blocks: none."""
-    row, _ = rows(query, key, value, added, alpha, visibility, call)
+    row, _ = rows(problem)
     count = lambda x: x.sum((2, 3), dtype=jnp.float32)
     visible, zero = count(row.visible), count(row.visible & (row.weights == 0))
     return zero / jnp.maximum(visible, 1), jnp.zeros_like(zero)
 
 
-def rows(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Rows, Float[Array, "B N T S"]]:
+def rows(problem: Problem) -> tuple[Rows, Float[Array, "B N T S"]]:
     """The forward and its logits t; the residual stands where softmax has lse.
 
     What is visible, and what the logits are, does not depend on the normalizer.
     """
-    row = attention.rows(query, key, value, added, visibility, call)
-    values = seen_added(row.visible, added).on(region(visibility, call))
+    call, normalizer = problem.call, problem.normalizer
+    assert isinstance(normalizer, Entmax)
+    assert isinstance(problem.bias, Added)
+    row = attention.rows(problem)
+    here = region(problem.visibility, call)
+    values = seen_added(row.visible, problem.bias).on(here)
     t = jnp.where(row.visible, sum(values, scores(row.q, row.k, call)), -jnp.inf)
-    t = jnp.where(largest(lax.stop_gradient(t), call.top_k), t, -jnp.inf)
+    t = jnp.where(largest(lax.stop_gradient(t), normalizer.top_k), t, -jnp.inf)
 
-    p, residual = entmax(t, exponents(alpha, call))
+    p, residual = entmax(t, exponents(normalizer, t.dtype))
     output = einsum("BNTS,BSNh->BTNh", dropped(call, row.keep, p), row.v)
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)
     output = jnp.where(alive[..., None], output, 0)
@@ -207,14 +161,10 @@ def rows(
     return row._replace(weights=p, output=output, lse=lse), t
 
 
-def exponents(
-    alpha: Float[Array, "#B #N"] | None, call: Call
-) -> Float[Array, "#B #N 1 1"]:
+def exponents(normalizer: Entmax, dtype: Any) -> Float[Array, "#B #N 1 1"]:
     """Alpha, shaped to broadcast against scores."""
-    if alpha is None:
-        assert call.alpha is not None
-        alpha = jnp.full((1, 1), call.alpha)
-    return spread("head", alpha).astype(accumulator(call))
+    alpha = jnp.atleast_2d(jnp.asarray(normalizer.alpha, dtype))
+    return spread("head", alpha)
 
 
 def largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows S"]:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.kernels.attention import LN2, share
 from pallas_attn.kernels.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.kernels.co_alibi.forward import forward_kernel
@@ -25,36 +25,31 @@ from pallas_attn.kernels.passes import PRE_PASS
 from pallas_attn.kernels.prepare import delta_kernel, norms_kernel
 from pallas_attn.kernels.visible import GRAIN, sight
 from pallas_attn.placement.names import named
+from pallas_attn.problem import Problem
 
 
 f32 = jnp.float32
 i32 = jnp.int32
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and log-sum-exp; differentiable once, in reverse mode."""
-    ops = Operands(query, key, value, bias.slopes, sight(call, visibility))
-    o, lse = _attend(ops, call)
+    o, lse = _attend(_operands(problem), problem.call)
     return o, jnp.swapaxes(lse, 1, 2)
 
 
+def _operands(problem: Problem) -> Operands:
+    assert isinstance(problem.bias, CoALiBi)
+    seen = sight(problem.call, problem.visibility)
+    slopes = problem.bias.slopes
+    return Operands(problem.query, problem.key, problem.value, slopes, seen)
+
+
 def visited_blocks(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops = Operands(query, key, value, bias.slopes, sight(call, visibility))
+    ops, call = _operands(problem), problem.call
     _, res = _forward(ops, call, graded=True)
     out = _passes(res, jnp.zeros_like(res.o), None, call)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_attn.call import Call
 from pallas_attn.kernels.dropout import drop_on, rescale
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.operands import Cotangents
 from pallas_attn.kernels.entmax.support import Support
 from pallas_attn.kernels.operands import Operands
@@ -29,7 +29,7 @@ def alpha_kernel(
     support: Support,
     out: Any,
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
 ) -> None:
     """The sum of p h (dP - delta) over the keys of each row, h = dlog p / dalpha.

@@ -9,57 +9,37 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added
-from pallas_attn.call import Call, Visibility
 from pallas_attn.kernels.attention import share, wanted_of
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.choice import backward, forward, prepared
 from pallas_attn.kernels.entmax.operands import Residuals
 from pallas_attn.kernels.entmax.shares import census
 from pallas_attn.kernels.operands import Operands, Wanted
+from pallas_attn.problem import Problem
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and threshold; differentiable once, in reverse mode."""
-    ops, call = prepared(query, key, value, added, visibility, call)
+    ops, alpha, call = prepared(problem)
     o, tau = _attend((ops, alpha), call)
     return o, jnp.swapaxes(tau, 1, 2)
 
 
 def sparsity_shares(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    alpha: Array | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """The shares of visible pairs whose weight is 0, and of blocks without any."""
-    ops, call = prepared(query, key, value, added, visibility, call)
+    ops, alpha, call = prepared(problem)
     _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
     found = census(res, call)
     return 1 - found.weighty, 1 - found.active
 
 
 def visited_blocks(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    alpha: Array | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that the output, rows and cols visit."""
-    ops, call = prepared(query, key, value, added, visibility, call)
+    ops, alpha, call = prepared(problem)
     _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
     active = census(res, call).active
     if res.dense is None:
@@ -67,11 +47,11 @@ def visited_blocks(
     return share(res.dense.visits), active, active
 
 
-def _values(operands: tuple[Operands, Any], call: Call) -> tuple[Array, Array]:
+def _values(operands: tuple[Operands, Any], call: SparseCall) -> tuple[Array, Array]:
     return forward(*operands, call, Wanted(), wants_alpha=False)[0]
 
 
-def _attend_fwd(operands: Any, call: Call) -> Any:
+def _attend_fwd(operands: Any, call: SparseCall) -> Any:
     (ops, alpha), asked = (
         jax.tree.map(lambda x, i=i: (x.value, x.perturbed)[i], operands)
         for i in range(2)
@@ -80,7 +60,7 @@ def _attend_fwd(operands: Any, call: Call) -> Any:
     return forward(ops, alpha, call, wanted_of(asked[0]), wants_alpha=wants_alpha)
 
 
-def _attend_bwd(call: Call, residuals: Residuals, cotangents: Any) -> Any:
+def _attend_bwd(call: SparseCall, residuals: Residuals, cotangents: Any) -> Any:
     do, dtau = cotangents
     if isinstance(do, SymbolicZero):
         do = jnp.zeros((call.B, call.T, call.N, call.h), residuals.ops.q.dtype)

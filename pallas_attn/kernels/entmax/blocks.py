@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from jax import lax
 
-from pallas_attn.call import Call
 from pallas_attn.cards import LARGE
 from pallas_attn.config import Block
+from pallas_attn.kernels.entmax.call import SparseCall
 
 
-def settled(call: Call) -> Call:
+def settled(call: SparseCall) -> SparseCall:
     """The call with the blocks of every pass in its config: the user's or the shipped.
 
     checks/options.py sees to it that a user gives all of one size, or none.
@@ -23,7 +23,7 @@ def settled(call: Call) -> Call:
     return replace(call, config=replace(config, tiles=config.rows))
 
 
-def with_wide_keys(call: Call) -> Call:
+def with_wide_keys(call: SparseCall) -> SparseCall:
     """The call whose forward block has twice the keys, for twice the slots."""
     block = call.config.forward
     assert block is not None
@@ -31,7 +31,7 @@ def with_wide_keys(call: Call) -> Call:
     return replace(call, config=replace(call.config, forward=wide))
 
 
-def _shipped(call: Call) -> tuple[Block, Block, Block]:
+def _shipped(call: SparseCall) -> tuple[Block, Block, Block]:
     """(forward, rows, cols)."""
     widest, small = max(call.H, call.h), call.shared_kib < LARGE
     if call.dtype == "float32":

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_attn.call import Call
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.sweep import sweep_of
 from pallas_attn.kernels.operands import Operands
@@ -22,7 +22,7 @@ i32 = jnp.int32
 
 
 def census_kernel(
-    ops: Operands, alpha: Any, stats: Any, out: Any, *, call: Call, plan: Plan
+    ops: Operands, alpha: Any, stats: Any, out: Any, *, call: SparseCall, plan: Plan
 ) -> None:
     """Of each row the keys that are visible, and those above its threshold; blocks."""
     t0 = query_tile(ops.sight, call, plan, "forward")

@@ -7,25 +7,29 @@ device looks, and takes the tiles where some row's does not fit.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added
-from pallas_attn.call import Call, Visibility
-from pallas_attn.kernels.attention import collected, columned, Made, reduced
+from pallas_attn.kernels.attention import (
+    collected,
+    columned,
+    Made,
+    operands,
+    reduced,
+)
 from pallas_attn.kernels.entmax import dense, lists
 from pallas_attn.kernels.entmax.blocks import settled
+from pallas_attn.kernels.entmax.call import sparse, SparseCall
 from pallas_attn.kernels.entmax.operands import Dense, Residuals
 from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.plan import Plan, plan
-from pallas_attn.kernels.visible import sight
-from pallas_attn.normalizers.entmax import Learned, Power, takes_power
+from pallas_attn.normalizers.entmax import Entmax, Learned, Power, takes_power
 from pallas_attn.placement.names import named
+from pallas_attn.problem import Problem
 
 
 f32 = jnp.float32
@@ -37,22 +41,17 @@ LIST_BYTES, KEY_BYTES = 2**32, 24
 
 
 def prepared(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Operands, Call]:
-    """The operands of the passes, and the call with its blocks."""
-    if not 1e-6 < call.scale < 1e6:  # scores in units of q.k would leave float32
-        query = (query.astype(f32) * call.scale).astype(query.dtype)
-        call = replace(call, scale=1.0)
-    return Operands(query, key, value, added, sight(call, visibility)), settled(call)
+    problem: Problem,
+) -> tuple[Operands, Float[Array, "#B #N"] | None, SparseCall]:
+    """The operands of the passes, alpha if it is an array, the call with its blocks."""
+    ops, call = operands(problem)
+    assert isinstance(problem.normalizer, Entmax)
+    alpha, call = sparse(call, problem.normalizer)
+    return ops, alpha, settled(call)
 
 
 def forward(
-    ops: Operands, alpha: Any, call: Call, wanted: Wanted, *, wants_alpha: bool
+    ops: Operands, alpha: Any, call: SparseCall, wanted: Wanted, *, wants_alpha: bool
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, tau), residuals)."""
     factors = ops.added.products
@@ -73,7 +72,7 @@ def forward(
     return (o, tau), res
 
 
-def _may_list(call: Call, p: Plan) -> bool:
+def _may_list(call: SparseCall, p: Plan) -> bool:
     """Whether plain entmax tries lists; a bound leaves few blocks of tiles anyway."""
     sharp = call.alpha is not None and call.alpha >= 1.5
     size = call.B * call.N * call.T * lists.SHORT * KEY_BYTES
@@ -81,7 +80,7 @@ def _may_list(call: Call, p: Plan) -> bool:
 
 
 def _taken(
-    ops: Operands, alpha: Any, found: lists.Lists, call: Call, p: Plan
+    ops: Operands, alpha: Any, found: lists.Lists, call: SparseCall, p: Plan
 ) -> tuple[Array, Array, Array, Dense | None]:
     """(output, m, level, what tiles leave) by lists; by tiles if they do not fit."""
 
@@ -102,7 +101,7 @@ def _taken(
 
 
 def backward(
-    res: Residuals, do: Array, dtau: Array | None, call: Call
+    res: Residuals, do: Array, dtau: Array | None, call: SparseCall
 ) -> tuple[Operands, Array | None]:
     """The gradient of every operand and of alpha; None where nobody asked."""
     p = plan(call, res.ops.sight, res.ops.added, res.wanted, may_store=False)
@@ -143,7 +142,7 @@ def backward(
     return grads, reduced(by_alpha.sum(2), res.alpha, (0, 1))
 
 
-def _threshold_of(alpha: Any, m: Array, level: Array, call: Call) -> Array:
+def _threshold_of(alpha: Any, m: Array, level: Array, call: SparseCall) -> Array:
     a = _a(alpha, call)
     power = Power(a) if takes_power(call.alpha) else Learned(a)
     tau = power.threshold(m * call.scale, level)
@@ -151,6 +150,6 @@ def _threshold_of(alpha: Any, m: Array, level: Array, call: Call) -> Array:
     return jnp.where(m == jnp.inf, jnp.where(is_lse, -jnp.inf, jnp.inf), tau)
 
 
-def _a(alpha: Any, call: Call) -> Any:
+def _a(alpha: Any, call: SparseCall) -> Any:
     """Minus 1, alpha: a number, or [#B, #N, 1]."""
     return alpha[..., None] - 1 if call.alpha is None else call.alpha - 1

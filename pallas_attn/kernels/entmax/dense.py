@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_attn.call import Call
 from pallas_attn.kernels import passes
 from pallas_attn.kernels.attention import gradients
 from pallas_attn.kernels.entmax.alpha import alpha_kernel
 from pallas_attn.kernels.entmax.blocks import with_wide_keys
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.operands import Cotangents, Dense, Residuals
 from pallas_attn.kernels.entmax.output import output_kernel
 from pallas_attn.kernels.entmax.slots import slots_kernel
@@ -35,7 +35,9 @@ TOLERANCE = 1 / 16
 CORNERS = 1 / 8  # at alpha = 2, where that is a bound which few rows come near to
 
 
-def forward(ops: Operands, alpha: Any, call: Call, p: Plan) -> tuple[Array, Dense]:
+def forward(
+    ops: Operands, alpha: Any, call: SparseCall, p: Plan
+) -> tuple[Array, Dense]:
     """The output, and what the backward passes need."""
     first = _slots(ops, alpha, call, p)
     out = _output(ops, alpha, first, call, p)
@@ -50,7 +52,7 @@ def backward(
     do: Array,
     dtau: Array | None,
     total: Array | None,
-    call: Call,
+    call: SparseCall,
     p: Plan,
 ) -> tuple[Operands, Array | None]:
     """The gradient of every operand, and dL/dalpha of each row if that is wanted.
@@ -92,7 +94,7 @@ def backward(
     return grads, rows
 
 
-def _slots(ops: Operands, alpha: Any, call: Call, p: Plan) -> dict[str, Array]:
+def _slots(ops: Operands, alpha: Any, call: SparseCall, p: Plan) -> dict[str, Array]:
     """What the first pass finds; with the bits, where it looks at few blocks."""
     words = _words(call) if p.pruned else 0
     call = call if words else with_wide_keys(call)
@@ -114,7 +116,7 @@ def _slots(ops: Operands, alpha: Any, call: Call, p: Plan) -> dict[str, Array]:
 
 
 def _output(
-    ops: Operands, alpha: Any, found: Any, call: Call, p: Plan
+    ops: Operands, alpha: Any, found: Any, call: SparseCall, p: Plan
 ) -> dict[str, Array]:
     grid, words = grid_of(call, p, "forward"), 0 if p.pruned else _words(call)
     rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
@@ -142,18 +144,18 @@ def _output(
     )
 
 
-def _words(call: Call) -> int:
+def _words(call: SparseCall) -> int:
     block = call.config.forward
     assert block is not None
     return words_of(pl.cdiv(call.S, block.block_k))
 
 
-def _bits(call: Call, blocks: int, words: int) -> jax.ShapeDtypeStruct:
+def _bits(call: SparseCall, blocks: int, words: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((call.B, call.N, blocks, words), i32)
 
 
 def _delta(
-    res: Residuals, saved: Dense, do: Array, share_of_u: Any, call: Call
+    res: Residuals, saved: Dense, do: Array, share_of_u: Any, call: SparseCall
 ) -> Array:
     """The delta <do, o2> less what the residual's cotangent adds; 0 in empty rows."""
     grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))

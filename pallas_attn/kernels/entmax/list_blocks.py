@@ -7,8 +7,8 @@ from dataclasses import replace
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.support import WORD
 from pallas_attn.kernels.plan import block_of, Plan
 
@@ -25,7 +25,7 @@ def capacity(k: int) -> int:
     return max(16, pl.next_power_of_2(k + k // 2 + 8))
 
 
-def sweep_block(call: Call, plan: Plan) -> Block:
+def sweep_block(call: SparseCall, plan: Plan) -> Block:
     """Of the pass over tiles."""
     block = block_of(call, plan, "forward")
     # IEEE products keep their operands in registers, beside slots or words.
@@ -51,7 +51,7 @@ def select_block(length: int) -> Block:
     return Block(max(1, 128 // length), length, max(1, min(16, length // 512)), 1)
 
 
-def cols_block(call: Call, widest: int, exact: bool) -> Block:
+def cols_block(call: SparseCall, widest: int, exact: bool) -> Block:
     """Of the pass over the lists of a key block: entries of a step, keys of a block."""
     if widest > 128:
         return Block(16, 32, 8, 1) if exact else Block(32, 32, 8, 1)

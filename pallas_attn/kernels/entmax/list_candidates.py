@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.list_blocks import keys_of_word
 from pallas_attn.kernels.entmax.list_pairs import row_tile, scatter_listed
 from pallas_attn.kernels.entmax.power import power_of
@@ -60,7 +60,7 @@ def list_candidates_kernel(
     grains: Any,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     cut: Block,
 ) -> None:
@@ -100,7 +100,7 @@ def list_candidates_kernel(
 
 
 def bound_of(
-    slots: Slots, level: jax.Array, power: Power | Learned, call: Call
+    slots: Slots, level: jax.Array, power: Power | Learned, call: SparseCall
 ) -> jax.Array:
     """A lower bound, in units of q.k, of the scores that a list may need.
 
@@ -239,7 +239,7 @@ def list_overflow_kernel(
     _: Any,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     cut: Block,
 ) -> None:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.kernels.dropout import Drop, drop_pairs, rescale
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.list_pairs import (
     gather,
     gather_vectors,
@@ -79,7 +79,7 @@ def _vectors(t0: Tile, ref: Any) -> jax.Array:
 
 
 def list_output_kernel(
-    lists: Any, v: Any, sight: Sight, out: Any, *, call: Call, cut: Block
+    lists: Any, v: Any, sight: Sight, out: Any, *, call: SparseCall, cut: Block
 ) -> None:
     """The output: sum p v."""
     t0 = row_tile(sight, call, cut)
@@ -105,7 +105,7 @@ def list_delta_kernel(
     sight: Sight,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     cut: Block,
 ) -> None:
     """The numbers dP = <do, v>, delta = (sum u dP - total) / sum u, and dL/dalpha.
@@ -173,7 +173,7 @@ def list_rows_kernel(
     stats: dict[str, Any],
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     cut: Block,
 ) -> None:
@@ -243,7 +243,7 @@ def list_cols_kernel(
     starts: Any,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     cut: Block,
     width: int,

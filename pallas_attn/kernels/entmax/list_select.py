@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.list_candidates import middle_of, ordered
 from pallas_attn.kernels.entmax.list_pairs import (
     listed,
@@ -40,7 +40,7 @@ def list_scores_kernel(
     words: dict[str, Any],
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     cut: Block,
     word: int,
 ) -> None:
@@ -102,7 +102,7 @@ def list_select_kernel(
     sight: Sight,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     cut: Block,
 ) -> None:
     """The largest top_k of a list (of equal ones the first), and their weights.

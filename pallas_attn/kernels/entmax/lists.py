@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_attn.call import Call
 from pallas_attn.config import Block
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.list_blocks import (
     capacity,
     cols_block,
@@ -76,7 +76,7 @@ class Lists:
     fits: Bool[Array, ""] | None
 
 
-def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
+def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lists:
     """The largest top_k scores of each row, or all with weight if there is no top_k."""
     length = SHORT if call.top_k is None else capacity(call.top_k)
     if call.B * call.N * call.T * length >= 2**31:
@@ -121,7 +121,7 @@ def select(ops: Operands, alpha: Array | None, call: Call, p: Plan) -> Lists:
 
 
 def candidates(
-    ops: Operands, alpha: Array | None, length: int, call: Call, p: Plan
+    ops: Operands, alpha: Array | None, length: int, call: SparseCall, p: Plan
 ) -> dict[str, Array]:
     """At most `length` candidates of each row, as words of bits."""
     if call.alpha == 1.0:  # nothing is without weight: no bound rules a block out
@@ -152,7 +152,7 @@ def candidates(
 
 
 def output(
-    lists: Lists, v: Float[Array, "B S K h"], sight: Sight, call: Call
+    lists: Lists, v: Float[Array, "B S K h"], sight: Sight, call: SparseCall
 ) -> Float[Array, "B T N h"]:
     """The output, in the dtype of the values."""
     shape = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), v.dtype)
@@ -167,7 +167,7 @@ def backward(
     do: Float[Array, "B T N h"],
     dtau: Float[Array, "B N T"] | None,
     wanted: Wanted,
-    call: Call,
+    call: SparseCall,
     p: Plan,
     *,
     wants_alpha: bool = False,
@@ -215,7 +215,7 @@ def _delta(
     lists: Lists,
     do: Array,
     dtau: Array | None,
-    call: Call,
+    call: SparseCall,
     wants_alpha: bool,
 ) -> dict[str, Array]:
     outputs = {"dp": like(lists.p), "delta": _per_row(call, f32)}
@@ -230,7 +230,7 @@ def _rows(
     lists: Lists,
     stats: dict[str, Array],
     wanted: Wanted,
-    call: Call,
+    call: SparseCall,
     p: Plan,
 ) -> dict[str, Any]:
     products = ops.added.products
@@ -257,7 +257,7 @@ def _cols(
     entries: dict[str, Array],
     do: Array,
     wanted: Wanted,
-    call: Call,
+    call: SparseCall,
     p: Plan,
 ) -> dict[str, Any]:
     products = ops.added.products
@@ -288,7 +288,7 @@ def _cols(
 
 
 def by_key_block(
-    lists: Lists, block_k: int, call: Call
+    lists: Lists, block_k: int, call: SparseCall
 ) -> tuple[Int[Array, " entries"], Int[Array, " runs"]]:
     """The entries sorted by batch entry, key head, key block and query head.
 
@@ -307,7 +307,7 @@ def by_key_block(
     return order, jnp.searchsorted(run, every, method="scan_unrolled").astype(i32)
 
 
-def _entries(lists: Lists, call: Call) -> tuple[Array, Array]:
+def _entries(lists: Lists, call: SparseCall) -> tuple[Array, Array]:
     """Places in the flat lists that hold every entry, and which of them exist.
 
     Lists of plain entmax are mostly room: their entries are counted off.
@@ -325,7 +325,7 @@ def _entries(lists: Lists, call: Call) -> tuple[Array, Array]:
     return row * width + jnp.minimum(entry, width - 1), place < end[-1]
 
 
-def _spread(g: Array, lists: Lists, x: Array, call: Call) -> Array:
+def _spread(g: Array, lists: Lists, x: Array, call: SparseCall) -> Array:
     """The entries' gradients of a field [#B, #N, T, S] in their places.
 
     What shares the field is added to it one after the other: each scatter meets every
@@ -369,12 +369,17 @@ def _widest(ops: Operands) -> int:
     return max(width_of(x) for x in arrays)
 
 
-def _per_row(call: Call, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+def _per_row(call: SparseCall, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((call.B, call.N, call.T, *more), dtype)
 
 
 def _run(
-    kernel: Any, inputs: Any, outputs: Any, call: Call, block: Block, **options: Any
+    kernel: Any,
+    inputs: Any,
+    outputs: Any,
+    call: SparseCall,
+    block: Block,
+    **options: Any,
 ) -> Any:
     grid = row_grid(call, block).shape
     return launch(kernel, grid, inputs, outputs, call, block, cut=block, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.operands import Operands, Wanted
 from pallas_attn.kernels.tile import Tile
@@ -71,6 +72,7 @@ class Cotangents:
 
     def of_rows(self, t: Tile) -> RowStats:
         """The statistics of a tile's queries."""
+        assert isinstance(t.call, SparseCall)
         return RowStats(
             power_of(t.call, self.alpha, t.b, t.h),
             t.stat(self.m, jnp.inf),

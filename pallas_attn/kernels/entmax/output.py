@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_attn.call import Call
 from pallas_attn.kernels.dropout import drop_on, rescale
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import mark, Support
 from pallas_attn.kernels.entmax.sweep import sweep_of
@@ -34,7 +34,7 @@ def output_kernel(
     found: dict[str, Any],
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     words: int,
     tolerance: float,

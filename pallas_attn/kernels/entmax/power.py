@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_attn.call import Call
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.instructions import exp2, log2, relu
 from pallas_attn.kernels.tile import load_number
 from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_power
@@ -16,7 +16,7 @@ from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_powe
 i32 = jnp.int32
 
 
-def power_of(call: Call, alpha: Any, b: Any, h: Any) -> Power | Learned:
+def power_of(call: SparseCall, alpha: Any, b: Any, h: Any) -> Power | Learned:
     """Of query head h of batch entry b; alpha: a ref [#B, #N], None if it is static."""
     functions = Functions(*(functools.partial(f, call) for f in (exp2, log2, relu)))
     if call.alpha is None:

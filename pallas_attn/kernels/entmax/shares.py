@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.call import Call
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.census import census_kernel
 from pallas_attn.kernels.entmax.lists import Lists
 from pallas_attn.kernels.entmax.operands import Residuals
@@ -33,7 +33,7 @@ class Census(NamedTuple):
     active: Float[Array, "B N"]
 
 
-def census(res: Residuals, call: Call) -> Census:
+def census(res: Residuals, call: SparseCall) -> Census:
     """Counts, by one more sweep over all keys and from what the forward pass left."""
     p = replace(plan(call, res.ops.sight, res.ops.added, res.wanted), pruned=False)
     grid = grid_of(call, p, "forward")
@@ -66,7 +66,7 @@ def _share(part: Array, whole: Array) -> Array:
     return jnp.where(whole > 0, part / jnp.maximum(whole, 1), 1.0)
 
 
-def _listed(lists: Lists, call: Call) -> Bool[Array, "B N I J"]:
+def _listed(lists: Lists, call: SparseCall) -> Bool[Array, "B N I J"]:
     """The blocks in which some row has a key with weight."""
     block = call.config.forward
     assert block is not None

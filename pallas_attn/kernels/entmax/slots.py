@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_attn.call import Call
+from pallas_attn.kernels.entmax.call import SparseCall
 from pallas_attn.kernels.entmax.power import power_of
 from pallas_attn.kernels.entmax.support import mark
 from pallas_attn.kernels.entmax.sweep import Sweep, sweep_of
@@ -48,7 +48,7 @@ def slots_kernel(
     grains: Any,
     out: dict[str, Any],
     *,
-    call: Call,
+    call: SparseCall,
     plan: Plan,
     words: int,
 ) -> None:
