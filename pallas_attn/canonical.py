@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
@@ -19,7 +21,8 @@ from pallas_attn.checks import (
     bias as check_bias,
     options as check_static,
 )
-from pallas_attn.implementations import current_device, resolve
+from pallas_attn.config import Config
+from pallas_attn.implementations import current_device, Implementation, resolve
 from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
@@ -52,37 +55,37 @@ def canonical(
     query: Any,
     key: Any,
     value: Any,
-    bias: Any,
-    mask: Any,
+    bias: Any = None,
+    mask: Any = None,
     *,
-    scale: Any,
-    is_causal: Any,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    query_offset: Any,
-    query_positions: Any,
-    key_positions: Any,
-    query_segment_ids: Any,
-    key_segment_ids: Any,
-    normalizer: Any,
-    logits_soft_cap: Any,
-    dropout_rate: Any,
-    precision: Any,
-    implementation: Any,
-    config: Any,
-    dropout_rng: Any = None,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_segment_ids: ArrayLike | None = None,
+    normalizer: Softmax | Entmax = Softmax(),
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    config: Config | None = None,
     broadcast_dropout: bool = False,
 ) -> Request:
     """Checks every argument of `dot_product_attention`; flattens leading axes.
 
     broadcast_dropout: drop the same pairs in all batch entries and heads.
     """
-    normalizer = check_static.normalizer(normalizer)
+    given = check_static.normalizer(normalizer)
     soft_cap = check_static.soft_cap(logits_soft_cap)
     rate = check_static.dropout_rate(dropout_rate)
     seed = check.dropout_seed(dropout_rng, rate)
-    implementation = check_static.implementation(implementation)
+    names = check_static.implementation(implementation)
 
     q, k, v, sizes = check.operands(query, key, value)
     q, positive = _scaled(q, check.scale(scale))
@@ -101,12 +104,12 @@ def canonical(
         seed=seed,
     )
     bias = check_bias.given(bias, sizes)
-    normalizer = _normalizer(normalizer, sizes, accumulator(q.dtype))
+    normalizer = _normalizer(given, sizes, accumulator(q.dtype))
     sparse = isinstance(normalizer, Entmax)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
     device = current_device()
-    choice = resolve(implementation, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
+    choice = resolve(names, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
     name = check_static.runnable(choice)
     config = check_static.config(config)
     if isinstance(bias, CoALiBi):

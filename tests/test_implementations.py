@@ -72,11 +72,11 @@ def reached(monkeypatch):
     """The names of the implementations that calls reach."""
     names = []
 
-    def attend_of(name, bias):
+    def attend_of(name, family):
         names.append(name)
-        return lambda q, k, v, bias, visibility, call: (
-            v[:, : call.T],
-            v[:, : call.T, :, 0],
+        return lambda problem: (
+            problem.value[:, : problem.call.T],
+            problem.value[:, : problem.call.T, :, 0],
         )
 
     monkeypatch.setattr(api, "attend_of", attend_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -162,12 +161,7 @@ def called(**arguments: Any) -> Request:
     Args:
         **arguments: Its arguments, with its defaults, and `canonical`'s own.
     """
-    parameters = inspect.signature(dot_product_attention).parameters
-    defaults = {
-        name: x.default for name, x in parameters.items() if x.default is not x.empty
-    }
-    del defaults["return_residual"]
-    return canonical(**{**defaults, **arguments})
+    return canonical(**arguments)
 
 
 def reference_of(problem: Problem) -> Any:
