@@ -16,7 +16,8 @@ from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
-from pallas_attn.checks.rules import (
+from pallas_attn.checks.tile import elementwise
+from pallas_attn.rules import (
     array,
     floating,
     kind,
@@ -25,7 +26,6 @@ from pallas_attn.checks.rules import (
     shape_from_the_right,
     wrong_shape,
 )
-from pallas_attn.checks.tile import elementwise
 from pallas_attn.shapes import axes, fits, fits_from_the_right, Sizes, spelled
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_attn.bias.base import Bias, homes, Sum
 from pallas_attn.checks import arrays as check
-from pallas_attn.checks.rules import kind, known
+from pallas_attn.rules import kind, known
 from pallas_attn.shapes import Sizes
 
 

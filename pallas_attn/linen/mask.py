@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.checks.rules import array, kind, known
 from pallas_attn.poison import poisoned
+from pallas_attn.rules import array, kind, known
 
 
 def truth(mask: Any) -> Bool[Array, ...] | None:

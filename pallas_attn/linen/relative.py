@@ -12,8 +12,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.dense import DenseBias
-from pallas_attn.checks.rules import known
 from pallas_attn.linen.bias import at_positions, BiasContext, BiasModule
+from pallas_attn.rules import known
 
 
 class RelativePositionBias(BiasModule):

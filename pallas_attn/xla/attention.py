@@ -26,7 +26,6 @@ from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
 from pallas_attn.problem import as_terms, Problem
-from pallas_attn.reference.attention import capped
 from pallas_attn.visible import allowed, seen_added, taken, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
@@ -225,7 +224,7 @@ def _attend(
     scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
     # what a row sees of NaN meets it here, behind the cap's derivative: a product would
     # spread it over rows that see nothing of it, and over gradients
-    scores = poisoned(capped(scores, call), lost)
+    scores = poisoned(_capped(scores, call.soft_cap), lost)
 
     t, visible, shift = logits(scores, places, added, region)
     t = jnp.where(visible, t, -jnp.inf)
@@ -240,6 +239,10 @@ def _attend(
     o = o.astype(query.dtype)
     of_rows = residual()
     return jnp.swapaxes(o, 1, 2), jnp.swapaxes(of_rows[..., 0], 1, 2)
+
+
+def _capped(scores: Float[Array, "*axes"], cap: float | None) -> Float[Array, "*axes"]:
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _seeing(unknown: Bool[Array, "#B K S"], places: Array, call: Call) -> Array:

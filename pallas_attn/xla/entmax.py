@@ -2,7 +2,7 @@
 
 A chunk holds every key that its queries may attend to, so that their thresholds are
 found within it: by Newton's method on whole rows, each of whose steps is one pass over
-the chunk's scores. Its derivative is that of `reference.entmax`.
+the chunk's scores. Its derivative is that of `normalizers.smooth`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_attn.normalizers.entmax import Entmax, newton, Power, takes_power
-from pallas_attn.problem import Problem
-from pallas_attn.reference.entmax import (
+from pallas_attn.normalizers.smooth import (
     exponents,
-    largest,
     lowered,
     residual_of,
     residual_of_nothing,
@@ -27,6 +25,7 @@ from pallas_attn.reference.entmax import (
     weights_below,
     with_derivative,
 )
+from pallas_attn.problem import Problem
 from pallas_attn.xla.attention import in_chunks, Logits, sums, Weights
 
 
@@ -82,12 +81,27 @@ def _solved(
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     # Scores computed twice may round twice: the k-th is compared with itself.
     once = lax.optimization_barrier(lax.stop_gradient(logits.t))
-    t = jnp.where(largest(once, normalizer.top_k), logits.t, -jnp.inf)
+    t = jnp.where(_largest(once, normalizer.top_k), logits.t, -jnp.inf)
     alpha = normalizer.alpha
     solve = functools.partial(
         _by_newton, static=alpha if isinstance(alpha, float) else None
     )
     return with_derivative(solve)(t, exponents(normalizer, t.dtype))
+
+
+def _largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows S"]:
+    """The top_k largest of a row; NaN too.
+
+    All above the k-th, and of those equal to it as many of the first as there is room
+    for: their count sees no difference between 0.0 and -0.0, as an order would.
+    """
+    if top_k is None or top_k >= t.shape[-1]:
+        return jnp.ones_like(t, bool)
+    least = lax.top_k(t, top_k)[0].min(-1, keepdims=True)
+    above, equal = t > least, t == least
+    room = top_k - above.sum(-1, keepdims=True, dtype=jnp.int32)
+    first = jnp.cumsum(equal, -1, dtype=jnp.int32) <= room
+    return above | (equal & first) | jnp.isnan(t)
 
 
 def _by_newton(
