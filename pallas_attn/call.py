@@ -1,13 +1,10 @@
-"""What a call is: its static facts, and the arrays that say who may see whom."""
+"""What is static about a call, and the number that stands for no weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
 
 from pallas_attn.cards import LARGEST
 from pallas_attn.config import Config
@@ -29,7 +26,7 @@ class Call:
     S: int
     H: int
     h: int
-    scale: float  # > 0: api.py folds every other scale into the query
+    scale: float  # > 0: canonical.py folds every other scale into the query
     dtype: str  # of query, key and value
     causal: bool = False
     window: tuple[int, int] | None = None  # (left, right), inclusive, in positions
@@ -46,44 +43,3 @@ class Call:
     def G(self) -> int:
         """Query heads that share a key head."""
         return self.N // self.K
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Visibility:
-    """The arrays that decide which key a query may attend to; None where there is none.
-
-    Positions are either implicit (`offset` or `Call.offset`: query i stands at
-    offset + i, key j at j) or explicit (both position arrays), never mixed.
-    """
-
-    offset: Int[Array, "#B"] | None = None
-    query_positions: Int[Array, "#B #N T"] | None = None
-    key_positions: Int[Array, "#B #N S"] | None = None
-    query_lengths: Int[Array, " B"] | None = None  # within 0..T
-    key_lengths: Int[Array, " B"] | None = None  # within 0..S
-    query_segments: Int[Array, "B T"] | None = None
-    key_segments: Int[Array, "B S"] | None = None
-    mask: Bool[Array, "#B #N #T #S"] | None = None
-    # of dropout, which hides no key but some weights: [2], or `dropout.seed_of_all`
-    seed: Int[Array, "*BN words"] | None = None
-
-    @property
-    def placed(self) -> bool:
-        """Whether positions are explicit."""
-        return self.query_positions is not None
-
-
-def positions(
-    call: Call, visibility: Visibility
-) -> tuple[Int[Array, "#B #N T"], Int[Array, "#B #N S"]]:
-    """Positions of all queries and all keys, implicit ones written out."""
-    if visibility.placed:
-        assert visibility.query_positions is not None
-        assert visibility.key_positions is not None
-        return visibility.query_positions, visibility.key_positions
-    queries = jnp.arange(call.T, dtype=jnp.int32)[None, None, :]
-    keys = jnp.arange(call.S, dtype=jnp.int32)[None, None, :]
-    if visibility.offset is not None:
-        return queries + visibility.offset[:, None, None], keys
-    return queries + jnp.int32(call.offset or 0), keys

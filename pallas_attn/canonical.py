@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.call import Call
 from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (
     arrays as check,
@@ -27,6 +27,7 @@ from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
 from pallas_attn.shapes import flattened, Sizes
+from pallas_attn.visibility import positions, Visibility
 
 
 # Axes of a field behind the leading ones.

@@ -146,7 +146,7 @@ def _module(name: str, family: str) -> Any:
     plain, kernels = MODULES[family]
     if name in ("xla", "reference"):
         return importlib.import_module(f"pallas_attn.{name}.{plain}")
-    return importlib.import_module(f"pallas_attn.kernels.{kernels}")
+    return importlib.import_module(f"pallas_attn.triton.{kernels}")
 
 
 def _no_cuda(device: Device) -> str | None:

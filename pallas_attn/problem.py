@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.visibility import Visibility
 
 
 def as_terms(bias: Added | CoALiBi) -> Added:

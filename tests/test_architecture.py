@@ -14,13 +14,6 @@ MAP = (PACKAGE / "README.md").read_text()
 LAW = re.search(r"^```law\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
 TREE = re.search(r"^## Rooms\n\n```text\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
 
-# Modules that are a room of their own, apart from the folder they lie in.
-APART = {
-    "placement.letters": "letters",
-    "placement.names": "tracing",
-    "placement.once": "tracing",
-    "placement.varying": "tracing",
-}
 LOWERING = "jax.experimental.pallas.triton"
 
 
@@ -40,7 +33,7 @@ def computing() -> set[str]:
 def room_of(module: str) -> str:
     """The room of a module of the package; of the package itself its own name."""
     _, _, inner = module.partition(".")
-    return APART.get(inner, inner.partition(".")[0] or "pallas_attn")
+    return inner.partition(".")[0] or "pallas_attn"
 
 
 @functools.cache
@@ -111,7 +104,8 @@ def test_imports_go_down():
         ("pallas_attn.xla.entmax", "from pallas_attn.reference.entmax import largest"),
         ("pallas_attn.bias.base", "from pallas_attn.checks import arrays"),
         ("pallas_attn.bias.base", "def f():\n    import pallas_attn"),
-        ("pallas_attn.linen.plug", "from pallas_attn.kernels.tile import Tile"),
+        ("pallas_attn.tiled.plan", "from pallas_attn.triton.launch import launch"),
+        ("pallas_attn.linen.plug", "from pallas_attn.triton.tile import Tile"),
         ("pallas_attn.normalizers.softmax", "from pallas_attn.bias import base"),
         ("pallas_attn.api", "import pallas_attn.testing.cases"),
     ],
@@ -122,8 +116,8 @@ def test_what_goes_up_or_across_is_found(module, source):
 
 
 def test_what_the_law_allows_is_not_found():
-    allowed = "from pallas_attn.kernels.tile import Tile"
-    for module in ("kernels.forward", "testing.guards", "implementations"):
+    allowed = "from pallas_attn.triton.tile import Tile"
+    for module in ("triton.forward", "testing.guards", "implementations"):
         assert not broken(f"pallas_attn.{module}", imported(allowed))
 
 

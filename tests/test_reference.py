@@ -13,7 +13,7 @@ from pallas_attn.bias.base import Added
 from pallas_attn.testing.cases import Case, KINDS, normal
 from pallas_attn.testing.evaluate import called, reference_of, with_gradients
 from pallas_attn.testing.numerics import assert_formula, assert_zero
-from pallas_attn.visible import allowed, seen, seen_added
+from pallas_attn.visibility import allowed, seen, seen_added
 
 
 # What both functions know, on [B, T, N, S] = [2, 37, 4, 53] and K = 2 unless said; no

@@ -22,11 +22,11 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
 from pallas_attn.call import Call
+from pallas_attn.letters import axes_of
 from pallas_attn.placement.explicit import Layout, Names, names_of, part
-from pallas_attn.placement.letters import axes_of
-from pallas_attn.placement.names import named
-from pallas_attn.placement.once import once
 from pallas_attn.problem import Problem
+from pallas_attn.tracing.names import named
+from pallas_attn.tracing.once import once
 
 
 # What a result of so many axes is: shares, a residual, an output.

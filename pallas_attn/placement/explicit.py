@@ -18,9 +18,9 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_attn.dropout import seed_of_all
-from pallas_attn.placement.letters import Axes, axes_of, leaves
-from pallas_attn.placement.varying import lifted
+from pallas_attn.letters import Axes, axes_of, leaves
 from pallas_attn.problem import Problem
+from pallas_attn.tracing.varying import lifted
 
 
 Names = tuple[str, ...]

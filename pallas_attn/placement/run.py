@@ -12,10 +12,10 @@ from pallas_attn.canonical import Request
 from pallas_attn.implementations import current_device, Device
 from pallas_attn.placement import automatic, explicit
 from pallas_attn.placement.explicit import layout_of
-from pallas_attn.placement.names import named
 from pallas_attn.placement.symbolic import is_symbolic, one_by_one
-from pallas_attn.placement.varying import in_shard_map, lifted, varying
 from pallas_attn.problem import Problem
+from pallas_attn.tracing.names import named
+from pallas_attn.tracing.varying import in_shard_map, lifted, varying
 
 
 # An implementation's.

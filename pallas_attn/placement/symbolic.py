@@ -10,8 +10,8 @@ import jax
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.letters import leaves
 from pallas_attn.placement.explicit import counted
-from pallas_attn.placement.letters import leaves
 from pallas_attn.problem import Problem
 
 

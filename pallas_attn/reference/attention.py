@@ -23,10 +23,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, Region
-from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
 from pallas_attn.problem import Problem
-from pallas_attn.visible import allowed, seen, seen_added, taken, weighty
+from pallas_attn.visibility import (
+    allowed,
+    positions,
+    seen,
+    seen_added,
+    taken,
+    Visibility,
+    weighty,
+)
 
 
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

@@ -30,7 +30,7 @@ from pallas_attn.reference.attention import (
     softmax,
     widened,
 )
-from pallas_attn.visible import allowed, weighty
+from pallas_attn.visibility import allowed, weighty
 
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:

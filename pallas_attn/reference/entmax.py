@@ -51,7 +51,7 @@ from pallas_attn.reference.attention import (
     Rows,
     scores,
 )
-from pallas_attn.visible import seen_added
+from pallas_attn.visibility import seen_added
 
 
 # Newton's steps: they double the digits that are right, once they are close.

@@ -17,6 +17,7 @@ from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.canonical import canonical, Request
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, Implementation, resolve
+from pallas_attn.lowering.lower import Kernel, lower
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
@@ -26,7 +27,6 @@ from pallas_attn.reference import (
     entmax as sparse_reference,
 )
 from pallas_attn.testing.cases import Case, Sample
-from pallas_attn.testing.lowering import Kernel, lower
 
 
 REFERENCES = {

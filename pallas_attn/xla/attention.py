@@ -20,13 +20,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, has_tile, homes, Region
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
 from pallas_attn.problem import as_terms, Problem
-from pallas_attn.visible import allowed, seen_added, taken, weighty
+from pallas_attn.visibility import allowed, seen_added, taken, Visibility, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.base import Added, Region, spread
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.problem import Problem
-from pallas_attn.visible import weighty
+from pallas_attn.visibility import weighty
 from pallas_attn.xla.attention import in_chunks, Logits
 
 
