@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.cards import LARGEST
@@ -13,6 +15,11 @@ from pallas_attn.config import Config
 # A logit or a term's own value at or below this has weight 0. Finite, so that sums of
 # terms never form inf - inf; far below the -65504, -1e9 and -1e4 of hand-made masks.
 NO_WEIGHT = -1e30
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype of scores, weights, sums and residuals, of operands' dtype."""
+    return jnp.float64 if dtype == "float64" else jnp.float32
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Call:
     config: Config = Config()
     interpret: bool = False
     shared_kib: int = LARGEST  # of shared memory that one program may use
+
+    @property
+    def accumulator(self) -> Any:
+        """The dtype of scores, weights, sums and residuals."""
+        return accumulator(self.dtype)
 
     @property
     def G(self) -> int:

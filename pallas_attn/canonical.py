@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call
+from pallas_attn.call import accumulator, Call
 from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (
     arrays as check,
@@ -49,7 +49,7 @@ class Request(NamedTuple):
         """The residual of a query that sees no key."""
         is_lse = jnp.atleast_2d(jnp.asarray(self.problem.normalizer.residual_is_lse))
         residual = jnp.where(is_lse, -jnp.inf, jnp.inf)[:, None, :]
-        return residual.astype(accumulator(self.problem.query.dtype))
+        return residual.astype(self.problem.call.accumulator)
 
 
 def canonical(
@@ -142,11 +142,6 @@ def canonical(
     bias = _bias(bias, sizes, place)
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
     return Request(Problem(q, k, v, bias, normalizer, visibility, call), name, sizes)
-
-
-def accumulator(dtype: Any) -> Any:
-    """What scores, lse and sums are held in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | Entmax:
@@ -243,7 +238,7 @@ def _place(sizes: Sizes, call: Call, visibility: Visibility, *, alone: bool) -> 
         key_segments=led(visibility.key_segments),
         causal=call.causal,
         alone=alone and visibility.mask is None,
-        dtype=accumulator(jnp.dtype(call.dtype)),
+        dtype=call.accumulator,
     )
 
 

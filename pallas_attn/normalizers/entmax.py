@@ -26,12 +26,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.flax_state import serializable
-from pallas_attn.normalizers.softmax import LOG2E
+from pallas_attn.normalizers.softmax import LN2, LOG2E
 from pallas_attn.shown import with_fields
 
 
 f32 = jnp.float32
-LN2 = 1 / LOG2E
 
 # Further below the largest score than any that has weight.
 FAR = 1e9

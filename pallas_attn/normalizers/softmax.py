@@ -18,6 +18,7 @@ from pallas_attn.call import NO_WEIGHT
 
 
 LOG2E = math.log2(math.e)
+LN2 = 1 / LOG2E
 
 # Where a bound on scores (in log2) takes the place of their maximum: weights reach
 # 2^ROOM, so that their sums with values of 2^50 stay finite, and a row's largest score

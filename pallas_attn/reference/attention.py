@@ -138,7 +138,7 @@ def widened(
     problem: Problem,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N h"]]:
     """The operands in the accumulator's dtype, heads of keys written out."""
-    call, dtype = problem.call, accumulator(problem.call)
+    call, dtype = problem.call, problem.call.accumulator
     k, v = (
         jnp.repeat(x.astype(dtype), call.G, axis=2)
         for x in (problem.key, problem.value)
@@ -217,15 +217,10 @@ def capped(s: Float[Array, "*axes"], call: Call) -> Float[Array, "*axes"]:
     return call.soft_cap * jnp.tanh(s / call.soft_cap)
 
 
-def accumulator(call: Call) -> Any:
-    """The dtype of scores, weights, sums and lse."""
-    return jnp.float64 if call.dtype == "float64" else jnp.float32
-
-
 def region(visibility: Visibility, call: Call) -> Region:
     """Where a term is evaluated: every query and every key."""
     queries, keys = positions(call, visibility)
-    return Region(queries[..., :, None], keys[..., None, :], accumulator(call))
+    return Region(queries[..., :, None], keys[..., None, :], call.accumulator)
 
 
 def _logits(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
+from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
 from pallas_attn.tiled.fields import Field, fields, home, with_fields
 from pallas_attn.tiled.operands import Operands, Residuals, Wanted
@@ -23,7 +24,6 @@ from pallas_attn.tracing.names import named
 
 
 f32 = jnp.float32
-LN2 = 0.6931471805599453
 
 
 def attend(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.positions import moved
@@ -70,6 +72,36 @@ class Runs:
     lo: Any
     hi: Any
     last: Any
+
+    def loop(
+        self,
+        body: Callable[[Any, bool, Any], Any],
+        state: Any,
+        *,
+        veiled: bool,
+        within: tuple[Any, Any] | None = None,
+    ) -> Any:
+        """Runs body(block, masked, state) over every block, in storage order.
+
+        veiled: arrays may hide any pair: the middle is masked too.
+        within: only blocks of this range.
+        """
+        for lo, hi, masked in (
+            (self.first, self.lo, True),
+            (self.lo, self.hi, veiled),
+            (self.hi, self.last, True),
+        ):
+            if lo is hi or (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
+                continue
+            if within is not None:
+                lo = jnp.maximum(i32(lo), within[0])
+                hi = jnp.maximum(jnp.minimum(i32(hi), within[1]), lo)
+
+            def one(n: Any, state: Any, masked: bool = masked) -> Any:
+                return body(n, masked, state)
+
+            state = lax.fori_loop(i32(lo), i32(hi), one, state)
+        return state
 
 
 def runs(

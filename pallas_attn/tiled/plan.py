@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jax import lax
-from jax.experimental import pallas as pl
-
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
-from pallas_attn.cards import LARGE
-from pallas_attn.config import Block, Load, shipped
 from pallas_attn.tiled.fields import Field, fields, is_identity, span
-from pallas_attn.tiled.grid import Grid
 from pallas_attn.tiled.operands import Wanted
 from pallas_attn.tiled.summaries import Sight
 
@@ -119,39 +113,6 @@ def plan(
 def is_row_constant(added: Added, field: Field) -> bool:
     """Whether the field adds one number to a whole row of scores."""
     return is_identity(added, field) and span(added, field) in ("", "q")
-
-
-def block_of(call: Call, plan: Plan, kernel: str) -> Block:
-    """The block of a kernel: the user's, or the shipped choice."""
-    user = getattr(call.config, kernel, None)
-    load = Load(
-        head_dim=max(call.H, call.h),
-        dtype=call.dtype,
-        exact=call.precision == lax.Precision.HIGHEST,
-        length=call.T,
-        dense=plan.dense,
-        own=bool(plan.own),
-        bent=plan.bent,
-        free=not (plan.dense or call.causal or plan.pruned),
-        columns=plan.columns,
-        small=call.shared_kib < LARGE,
-    )
-    return user or shipped(kernel, load)
-
-
-def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
-    """The programs of a pass: by key block for cols, by query block for the others."""
-    block = block_of(call, plan, kernel)
-    by_key = kernel.endswith("cols")
-    return Grid(
-        batch=call.B,
-        heads=call.K if by_key else call.N,
-        blocks=pl.cdiv(call.S, block.block_k)
-        if by_key
-        else pl.cdiv(call.T, block.block_q),
-        long_first=call.causal or plan.pruned,
-        flock=plan.flock,
-    )
 
 
 def _flock(batch: int) -> int:

@@ -14,7 +14,8 @@ from pallas_attn.call import Call
 from pallas_attn.tiled.block_ranges import covers
 from pallas_attn.tiled.fields import Field, home
 from pallas_attn.tiled.operands import Operands
-from pallas_attn.tiled.plan import block_of, Plan
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.dropout import rescale
 from pallas_attn.triton.programs import (
     frame_of,

@@ -14,15 +14,17 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.fields import along, Field, fields, turned
 from pallas_attn.tiled.operands import Operands, Residuals
-from pallas_attn.tiled.plan import block_of, grid_of, Plan
+from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import extremes, GRAIN
 from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
 from pallas_attn.triton.forward import forward_kernel
 from pallas_attn.triton.launch import launch, like
 from pallas_attn.triton.operands import Cotangents
 from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.triton.programs import grid_of
 from pallas_attn.triton.pruning import Grains, Pruning
 
 

@@ -1,11 +1,12 @@
-"""The block that a program owns, and the walk over the blocks it meets."""
+"""The programs of a pass, the block that each owns, and the blocks it meets."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.block_ranges import (
@@ -17,14 +18,62 @@ from pallas_attn.tiled.block_ranges import (
     Runs,
     runs,
 )
-from pallas_attn.tiled.plan import block_of, grid_of, Plan
+from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import frame, Sight
 from pallas_attn.triton import schedule
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import load_number, store_number, Tile
 
 
 i32 = jnp.int32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The programs of a pass, one per (batch entry, head, block), and their order.
+
+    long_first: programs differ in length: heads go fastest, long ones start first.
+    flock: batch entries that run side by side because they share a bias tile.
+    """
+
+    batch: int
+    heads: int
+    blocks: int
+    long_first: bool
+    flock: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The launch grid, fastest axis first."""
+        if self.flock > 1:
+            return (self.flock, self.blocks, self.heads, self.batch // self.flock)
+        if self.long_first:
+            return (self.heads, self.batch, self.blocks)
+        return (self.blocks, self.heads, self.batch)
+
+    def place(self) -> tuple[Any, Any, Any]:
+        """(batch entry, head, block) of this program."""
+        if self.flock > 1:
+            entry, block, head, group = (pl.program_id(i) for i in range(4))
+            return group * self.flock + entry, head, block
+        x, y, z = (pl.program_id(i) for i in range(3))
+        return (y, x, z) if self.long_first else (z, y, x)
+
+
+def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
+    """The programs of a pass: by key block for cols, by query block for the others."""
+    block = block_of(call, plan, kernel)
+    by_key = kernel.endswith("cols")
+    return Grid(
+        batch=call.B,
+        heads=call.K if by_key else call.N,
+        blocks=pl.cdiv(call.S, block.block_k)
+        if by_key
+        else pl.cdiv(call.T, block.block_q),
+        long_first=call.causal or plan.pruned,
+        flock=plan.flock,
+    )
 
 
 def frame_of(call: Call, sight: Sight, b: Any) -> Any:
@@ -105,6 +154,11 @@ def query_runs(t: Tile) -> Runs:
     # A key block that the last key ends is masked everywhere.
     lo = jnp.where(t.k0 + t.bk > t.frame.keys[1], i32(found.hi), i32(found.lo))
     return Runs(found.first, most(found.lo, lo), found.hi, found.last)
+
+
+def side_of(t: Tile) -> int:
+    """The side of the diagonal that a call's blocks lie on: 1, or 0 for either."""
+    return 1 if t.call.causal and not t.frame.placed else 0
 
 
 def _ragged(t: Tile) -> bool:

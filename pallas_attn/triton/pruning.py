@@ -13,9 +13,10 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.tiled.fields import Field, span
 from pallas_attn.tiled.operands import Operands
-from pallas_attn.tiled.plan import block_of, Plan
+from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
 from pallas_attn.triton import schedule
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
 from pallas_attn.triton.terms import bound

@@ -102,7 +102,7 @@ def in_chunks(
     """
     query, call, visibility = problem.query, problem.call, problem.visibility
     added = as_terms(problem.bias)
-    dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
+    dtype = call.accumulator
     plan = chunks(call, visibility, added)
     key, value = (
         jnp.swapaxes(x.astype(dtype), 1, 2) for x in (problem.key, problem.value)

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call
+from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
-from pallas_attn.tiled.autodiff import LN2, share
+from pallas_attn.tiled.autodiff import share
 from pallas_attn.tiled.summaries import GRAIN, sight
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel

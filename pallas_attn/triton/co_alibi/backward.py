@@ -81,7 +81,7 @@ def rows_kernel(
     state = zeros(t0.bq, ops.q), zero, zero, zero, every
     i = t0.q0 // i32(plan.forward.block_q)
     first = uniform(call, load_number(saved.first, (t0.b, t0.h, i)))
-    state = _loops(at, first, at.last, ops.sight.veiled, step, state)
+    state = at.loop(step, state, veiled=ops.sight.veiled, within=(first, at.last))
     dq, c, gc, pz, _ = state
     t0.put_rows(out["dq"], dq * call.scale)
     # A row of dT sums to dlse and what rounding (of o in delta) left beyond. That is a
@@ -145,7 +145,7 @@ def cols_kernel(
             dk = dk + t.dot(ds.astype(q.dtype), q)
             return dk, dv + t.dot(p.astype(do.dtype), do)
 
-        state = _loops(at, start, stop, ops.sight.veiled, step, state)
+        state = at.loop(step, state, veiled=ops.sight.veiled, within=(start, stop))
         seen = jnp.maximum(
             jnp.minimum(i32(at.last), stop) - jnp.maximum(i32(at.first), start), 0
         )
@@ -172,25 +172,6 @@ def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:
     start = uniform(t.call, jnp.min(jnp.where(seen, i, size)))
     stop = uniform(t.call, jnp.max(jnp.where(seen, i + 1, 0)))
     return start * ratio, stop * ratio
-
-
-def _loops(at: Any, start: Any, stop: Any, veiled: bool, step: Any, state: Any) -> Any:
-    """Run step(block, edge, state) over the three runs of blocks within start..stop."""
-    for lo, hi, edge in (
-        (at.first, at.lo, True),
-        (at.lo, at.hi, veiled),
-        (at.hi, at.last, True),
-    ):
-        if lo is hi:
-            continue
-        lo = jnp.maximum(i32(lo), start)
-        hi = jnp.maximum(jnp.minimum(i32(hi), stop), lo)
-
-        def body(n: Any, state: Any, edge: bool = edge) -> Any:
-            return step(n, edge, state)
-
-        state = lax.fori_loop(lo, hi, body, state)
-    return state
 
 
 def _local(t: Tile, start: Any, call: Call) -> tuple[Any, Any]:

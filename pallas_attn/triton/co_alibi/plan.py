@@ -10,10 +10,9 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
-from pallas_attn.tiled.grid import Grid
 from pallas_attn.tiled.summaries import Sight
-from pallas_attn.triton.co_alibi.scan import exact
-from pallas_attn.triton.programs import frame_of
+from pallas_attn.triton.blocks import shipped_of_co_alibi
+from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, Tile
 
 
@@ -46,7 +45,7 @@ def plan(call: Call) -> Plan:
     """The user's blocks or the shipped ones; groups whose carries fit the budget."""
     forward, rows, cols = call.config.forward, call.config.rows, call.config.cols
     if forward is None or rows is None or cols is None:
-        forward, rows, cols = _shipped(call)
+        forward, rows, cols = shipped_of_co_alibi(call)
     return Plan(forward, rows, cols, *_groups(call, forward.block_k))
 
 
@@ -101,23 +100,3 @@ def key_tile(sight: Sight, call: Call, plan: Plan, start: Any) -> Tile:
 
 def _number(ref: Any, i: int) -> Any:
     return i32(0) if ref is None else load_number(ref, (i32(i),))
-
-
-def _shipped(call: Call) -> tuple[Block, Block, Block]:
-    """(forward, rows, cols); measured on an H200 in bfloat16, heads of 64 and 128."""
-    widest = max(call.H, call.h)
-    if call.dtype == "float32":
-        if widest > 128:
-            return _alike(Block(16, 16, 4, 1))
-        if exact(call):
-            return _alike(Block(32, 16 if widest > 64 else 32, 4, 1))
-        return _alike(Block(32, 32, 4, 2))
-    if widest > 128:
-        return Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
-    if widest > 64:
-        return Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 3)
-    return _alike(Block(64, 64, 4, 3))
-
-
-def _alike(block: Block) -> tuple[Block, Block, Block]:
-    return block, block, block

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_attn.bias.running_sums import two_sum
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E
 from pallas_attn.triton.ptx import sigmoid
@@ -121,11 +122,9 @@ Exactly = tuple[jax.Array, jax.Array]
 
 
 def add(z: Exactly, x: jax.Array) -> Exactly:
-    """Knuth's two-sum: exact, in whatever order."""
-    high, low = z
-    total = high + x
-    b = total - high
-    return total, low + ((high - (total - b)) + (x - b))
+    """The sum of both; what rounding takes from it is kept beside it."""
+    total, lost = two_sum(z[0], x)
+    return total, z[1] + lost
 
 
 def less(a: Exactly, b: Exactly) -> jax.Array:

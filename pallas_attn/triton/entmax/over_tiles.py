@@ -13,9 +13,10 @@ from jaxtyping import Array
 from pallas_attn.normalizers.entmax import Learned
 from pallas_attn.tiled.autodiff import gradients
 from pallas_attn.tiled.operands import Operands
-from pallas_attn.tiled.plan import block_of, grid_of, Plan
+from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import passes
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.entmax.alpha import alpha_kernel
 from pallas_attn.triton.entmax.blocks import with_wide_keys
 from pallas_attn.triton.entmax.call import SparseCall
@@ -25,6 +26,7 @@ from pallas_attn.triton.entmax.support import by_key, Support, words_of
 from pallas_attn.triton.entmax.threshold import slots_kernel
 from pallas_attn.triton.launch import launch
 from pallas_attn.triton.preprocess import delta_kernel
+from pallas_attn.triton.programs import grid_of
 
 
 f32 = jnp.float32

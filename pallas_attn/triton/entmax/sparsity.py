@@ -11,12 +11,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.tiled.plan import block_of, grid_of, plan
+from pallas_attn.tiled.plan import plan
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.census import census_kernel
 from pallas_attn.triton.entmax.lists.passes import Lists
 from pallas_attn.triton.entmax.operands import Residuals
 from pallas_attn.triton.launch import launch
+from pallas_attn.triton.programs import grid_of
 
 
 f32 = jnp.float32

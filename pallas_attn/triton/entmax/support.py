@@ -16,7 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.tiled.block_ranges import Runs
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
-from pallas_attn.triton.programs import key_runs, query_runs, Visits
+from pallas_attn.triton.programs import key_runs, query_runs, side_of, Visits
 from pallas_attn.triton.pruning import Own, Step
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
@@ -54,7 +54,7 @@ class Support:
         row = (t0.b, t0.h, t0.q0 // i32(t0.bq))
 
         def visit(j: Any, edge: bool, state: Any) -> Any:
-            return step(at_keys(t0, j, _side(t0), edge=edge), state)
+            return step(at_keys(t0, j, side_of(t0), edge=edge), state)
 
         return _over(t0, self.by_query, row, key_runs(t0), visit, state)
 
@@ -65,7 +65,7 @@ class Support:
         row = (t0.b, t0.h, t0.k0 // i32(t0.bk))
 
         def visit(i: Any, edge: bool, state: Any) -> Any:
-            return step(at_queries(t0, i, _side(t0), edge=edge), state)
+            return step(at_queries(t0, i, side_of(t0), edge=edge), state)
 
         return _over(t0, self.by_key, row, query_runs(t0), visit, state)
 
@@ -99,10 +99,6 @@ def by_key(bits: Int[Array, "B N I words"], key_blocks: int) -> Int[Array, "B N 
     turned = jnp.pad(turned, ((0, 0), (0, 0), (0, 0), (0, pad)))
     grouped = turned.reshape(*turned.shape[:3], -1, WORD) << place
     return grouped.sum(4, dtype=i32)
-
-
-def _side(t: Tile) -> int:
-    return 1 if t.call.causal and not t.frame.placed else 0
 
 
 def _over(

@@ -8,7 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_attn.config import Block
-from pallas_attn.tiled.plan import block_of, Plan
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.support import WORD
 

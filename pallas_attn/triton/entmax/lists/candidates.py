@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_attn.config import Block
 from pallas_attn.normalizers.entmax import Learned, Power
 from pallas_attn.normalizers.softmax import LOG2E, lowest
+from pallas_attn.tiled.block_ranges import Runs
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.entmax.call import SparseCall
@@ -27,7 +28,7 @@ from pallas_attn.triton.entmax.lists.pairs import row_tile, scatter_listed
 from pallas_attn.triton.entmax.power import power_of
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.entmax.threshold import fill, slot_level, Slots
-from pallas_attn.triton.programs import key_runs
+from pallas_attn.triton.programs import key_runs, side_of
 from pallas_attn.triton.pruning import largest_scores
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.scores import reach_of
@@ -209,28 +210,13 @@ def stored(t0: Tile, words: jax.Array, out: dict[str, Any]) -> jax.Array:
     return jnp.where(t0.inside_rows(), words, 0)
 
 
-def in_order(t0: Tile, runs: Any, within: Any, body: Any, state: Any) -> Any:
-    """Run body(tile, state) over the key blocks of a range, in storage order."""
-    for lo, hi, edge in (
-        (runs.first, runs.lo, True),
-        (runs.lo, runs.hi, t0.sight.veiled),
-        (runs.hi, runs.last, True),
-    ):
-        if lo is hi or (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
-            continue
-        if within is not None:
-            lo = jnp.maximum(i32(lo), within[0])
-            hi = jnp.maximum(jnp.minimum(i32(hi), within[1]), lo)
+def in_order(t0: Tile, runs: Runs, within: Any, body: Any, state: Any) -> Any:
+    """Runs body(tile, state) over the key blocks of a range, in storage order."""
 
-        def one(j: Any, state: Any, edge: bool = edge) -> Any:
-            return body(at_keys(t0, j, _side(t0), edge), state)
+    def one(j: Any, masked: bool, state: Any) -> Any:
+        return body(at_keys(t0, j, side_of(t0), masked), state)
 
-        state = lax.fori_loop(i32(lo), i32(hi), one, state)
-    return state
-
-
-def _side(t: Tile) -> int:
-    return 1 if t.call.causal and not t.frame.placed else 0
+    return runs.loop(one, state, veiled=t0.sight.veiled, within=within)
 
 
 def list_overflow_kernel(

@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.positions import difference
-from pallas_attn.tiled.grid import Grid
 from pallas_attn.tiled.summaries import Frame, Sight
-from pallas_attn.triton.programs import frame_of
+from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, load_where, store_where, Tile
 
 
