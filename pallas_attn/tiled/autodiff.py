@@ -14,10 +14,10 @@ from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
-from pallas_attn.tiled.fields import Field, fields, home, with_fields
+from pallas_attn.tiled.fields import Field, fields, with_fields
 from pallas_attn.tiled.operands import Operands, Residuals, Wanted
 from pallas_attn.tiled.passes import Passes
-from pallas_attn.tiled.plan import is_row_constant, Plan, plan
+from pallas_attn.tiled.plan import Plan, plan
 from pallas_attn.tiled.split_factors import columns_of, factor_gradient, with_columns
 from pallas_attn.tiled.summaries import sight
 from pallas_attn.tracing.names import named
@@ -74,17 +74,17 @@ def _values(ops: Operands, call: Call, passes: Passes) -> tuple[Array, Array]:
 def _attend_fwd(ops: Any, call: Call, passes: Passes) -> Any:
     values = jax.tree.map(lambda x: x.value, ops)
     asked = jax.tree.map(lambda x: x.perturbed, ops)
-    return _forward(values, call, wanted_of(asked), passes)
+    return _forward(values, call, wanted_of(values, asked), passes)
 
 
-def wanted_of(asked: Operands) -> Wanted:
+def wanted_of(ops: Operands, asked: Operands) -> Wanted:
     """Which gradients are asked for, by a bool in place of every operand."""
     products = asked.added.products
     return Wanted(
         q=asked.q,
         k=asked.k,
         v=asked.v,
-        fields=tuple(f for f, x in fields(asked.added).items() if x),
+        fields=tuple(f for f in fields(ops.added) if f.of(asked.added.terms)),
         a=tuple(i for i, (a, _) in enumerate(products) if a),
         b=tuple(i for i, (_, b) in enumerate(products) if b),
     )
@@ -193,11 +193,11 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
             return None
         if f in made.pairs:
             return made.pairs[f].astype(x.dtype)
-        if is_row_constant(ops.added, f):
-            return _row_constant(home(ops.added, f), x, made.total)
+        if f.is_row_constant:
+            return _row_constant(f.home, x, made.total)
         along_queries = f in p.row_fields
         g = (rows if along_queries else cols)["fields"][f]
-        return _to_field(home(ops.added, f), g, x, along_queries)
+        return _to_field(f.home, g, x, along_queries)
 
     def side_gradient(n: int, side: int) -> Array | None:
         place = wanted.places[n]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
-from pallas_attn.tiled.fields import Field, fields, is_identity, span
+from pallas_attn.tiled.fields import Field, fields
 from pallas_attn.tiled.operands import Wanted
 from pallas_attn.tiled.summaries import Sight
 
@@ -54,7 +54,7 @@ def plan(
     may_store: cols visits every block, so that it may write a dS that is the gradient.
     """
     every = fields(added)
-    full = [x for f, x in every.items() if span(added, f) == "qk"]
+    full = [x for f, x in every.items() if f.span == "qk"]
     sharing = [
         (call.B if x.shape[0] == 1 else 1) * (call.N if x.shape[1] == 1 else 1)
         for x in full
@@ -67,29 +67,26 @@ def plan(
     forward = Plan(
         pruned=pruned,
         # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
-        large=call.dtype != "bfloat16"
-        or any(span(added, f) and added.terms[f[0]].steep for f in every),
+        large=call.dtype != "bfloat16" or any(f.span and f.steep for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),
-        bent=any(span(added, f) and not is_identity(added, f) for f in every),
+        bent=any(f.span and not f.additive for f in every),
         turn=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),
     )
 
     def of_span(*spans: str) -> tuple[Field, ...]:
-        return tuple(f for f in wanted.fields if span(added, f) in spans)
+        return tuple(f for f in wanted.fields if f.span in spans)
 
     # What adds the same to a whole row has no gradient: autodiff.py gives it dlse.
-    rows = tuple(f for f in of_span("", "q") if not is_row_constant(added, f))
+    rows = tuple(f for f in of_span("", "q") if not f.is_row_constant)
     pairs = of_span("qk")
-    settled = any(added.terms[f[0]].running for f in of_span("k"))
+    settled = any(f.running for f in of_span("k"))
     by_key = bool(wanted.k or wanted.v or wanted.b or of_span("k"))
     others = bool(wanted.q or wanted.a or rows or by_key)
     shape = (call.B, call.N, call.T, call.S)
-    own = tuple(
-        f for f in pairs if others and is_identity(added, f) and every[f].shape == shape
-    )
+    own = tuple(f for f in pairs if others and f.additive and every[f].shape == shape)
     # Under a soft cap the dS of a bias is not that of q.k, which thin passes need.
     may_store = may_store and call.soft_cap is None
     own = own if may_store and own and _as_wide(every[own[0]].dtype, call.dtype) else ()
@@ -108,11 +105,6 @@ def plan(
         db=wanted.b,
         turn=forward.turn and not own,
     )
-
-
-def is_row_constant(added: Added, field: Field) -> bool:
-    """Whether the field adds one number to a whole row of scores."""
-    return is_identity(added, field) and span(added, field) in ("", "q")
 
 
 def _flock(batch: int) -> int:

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.block_ranges import covers
-from pallas_attn.tiled.fields import Field, home
+from pallas_attn.tiled.fields import Field
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.blocks import block_of
@@ -214,7 +214,7 @@ def tiles_kernel(
     """
     block = block_of(call, plan, "tiles")
     bq, bk = block.block_q, block.block_k
-    array = getattr(ops.added.terms[field[0]], field[1])
+    array = field.of(ops.added.terms)
     own_b, own_h = array.shape[:2]
     share = (call.B if own_b == 1 else 1) * (call.N if own_h == 1 else 1)
     j, i, g = (pl.program_id(axis) for axis in range(3))
@@ -228,7 +228,7 @@ def tiles_kernel(
         return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk)
 
     t0 = at(b0, h0)
-    held = {field: t0.field(home(ops.added, field), array)}
+    held = {field: t0.field(field.home, array)}
 
     def add(t: Tile, acc: jax.Array) -> jax.Array:
         terms = on_tile(ops.added, t, held)

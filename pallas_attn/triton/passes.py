@@ -44,7 +44,7 @@ def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
     inputs = (ops.k, ops.v, sides, ops.sight)
     shape = jax.ShapeDtypeStruct(grid, f32)
     norms = launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
-    vectors = {f: along(ops.added, f) for f in fields(ops.added)}
+    vectors = {f: along(f, x) for f, x in fields(ops.added).items()}
     known = {f: extremes(x.astype(f32)) for f, x in vectors.items() if x is not None}
     return Grains(norms, known)
 

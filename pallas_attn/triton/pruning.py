@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_attn.tiled.fields import Field, span
+from pallas_attn.tiled.fields import Field
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
@@ -140,9 +140,7 @@ def largest_scores(
     lead = schedule.lead_of(grains.norms, t.call, t.b, t.h)
     norm = schedule.of_blocks(grains.norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
     known = {
-        f: _of_blocks(x, t, j, ok, t.bk)
-        if span(ops.added, f) == "k"
-        else _of_own(x, t, t.q0, t.bq)
+        f: _of_blocks(x, t, j, ok, t.bk) if f.span == "k" else _of_own(x, t, t.q0, t.bq)
         for f, x in grains.fields.items()
     }
     ranges = p0, p0 + t.bq - 1, k0, k0 + t.bk - 1
@@ -158,7 +156,7 @@ def far_queries(
     own = {
         f: _of_own(x, t, t.k0, t.bk)
         for f, x in pruning.grains.fields.items()
-        if span(ops.added, f) != "q"
+        if f.span != "q"
     }
     reach_block = block_of(call, plan, "forward").block_q
 

@@ -10,13 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_attn.bias.base import Added, Bias, homes, parts_of
+from pallas_attn.bias.base import Added, Bias, parts_of
 from pallas_attn.tiled.fields import (
     Field,
     fields,
-    home,
-    is_identity,
-    span,
     with_fields,
 )
 from pallas_attn.triton.tile import Tile
@@ -27,19 +24,13 @@ f32 = jnp.float32
 
 def hold(added: Added, t: Tile, spans: Iterable[str]) -> dict[Field, Any]:
     """The fields that vary along no more than `spans`, loaded once before a loop."""
-    return {
-        f: t.field(home(added, f), x)
-        for f, x in fields(added).items()
-        if span(added, f) in spans
-    }
+    return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
 
 
 def on_tile(added: Added, t: Tile, held: dict[Field, Any]) -> tuple[Bias, ...]:
     """The terms with their fields loaded on this tile, those in `held` as they are."""
-    rest = {
-        f: t.field(home(added, f), x) for f, x in fields(added).items() if f not in held
-    }
-    if not all(is_identity(added, f) for f in rest):
+    rest = {f: t.field(f.home, x) for f, x in fields(added).items() if f not in held}
+    if not all(f.additive for f in rest):
         # A derivative of what nobody sees may not be finite; 0 times it is not 0.
         visible = t.visible
         rest = {f: t.seen_part(visible, x) for f, x in rest.items()}
@@ -71,14 +62,14 @@ def pullback(
 
     def total(values: dict[Field, jax.Array]) -> jax.Array:
         out = jnp.zeros(t.shape, f32)
-        for n in sorted({n for n, _ in mine}):
-            new = {name: values[m, name] for m, name in mine if m == n}
+        for n in sorted({f.term for f in mine}):
+            new = {f.name: values[f] for f in mine if f.term == n}
             for part in parts_of(replace(terms[n], **new).tile(t)):
                 out = out + jnp.broadcast_to(part, t.shape)
         return out
 
     def primal(field: Field) -> jax.Array:
-        x = getattr(terms[field[0]], field[1])
+        x = field.of(terms)
         return t.along_q(jnp.full((t.bq,), x)) if jnp.ndim(x) == 0 else x
 
     _, back = jax.vjp(total, {field: primal(field) for field in mine})
@@ -99,12 +90,13 @@ def bound(
 
     extremes: of the fields that have any, on these ranges.
     """
-    total = f32(0)
+    total, every = f32(0), fields(added)
     for n, term in enumerate(added.terms):
         assert term.bounded
         known = {
-            name: extremes.get((n, name), held.get((n, name)) if at == "head" else None)
-            for name, at in homes(term).items()
+            f.name: extremes.get(f, held.get(f) if f.home == "head" else None)
+            for f in every
+            if f.term == n
         }
         total = total + replace(term, **known).bound(*ranges)
     return total * math.log2(math.e)

@@ -57,7 +57,7 @@ def _attend_fwd(operands: Any, call: SparseCall) -> Any:
         for i in range(2)
     )
     wants_alpha = call.alpha is None and bool(asked[1])
-    return forward(ops, alpha, call, wanted_of(asked[0]), wants_alpha=wants_alpha)
+    return forward(ops, alpha, call, wanted_of(ops, asked[0]), wants_alpha=wants_alpha)
 
 
 def _attend_bwd(call: SparseCall, residuals: Residuals, cotangents: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.config import Block
-from pallas_attn.tiled.fields import fields, is_identity
+from pallas_attn.tiled.fields import fields
 from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
@@ -239,9 +239,7 @@ def _rows(
         "ds": like(lists.p),
         "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
         "fields": dict.fromkeys(p.row_fields, _per_row(call, f32)),
-        "pairs": {
-            f: like(lists.p) for f in p.tile_fields if not is_identity(ops.added, f)
-        },
+        "pairs": {f: like(lists.p) for f in p.tile_fields if not f.additive},
     }
     if wanted.q:
         outputs["dq"] = like(ops.q)
