@@ -12,11 +12,7 @@ from pallas_attn.arguments import Options, takes_options
 from pallas_attn.bias.base import Bias
 from pallas_attn.canonical import canonical, Request
 from pallas_attn.checks import options as check
-from pallas_attn.implementations import (
-    attend_of,
-    sparsity_of,
-    visited_of,
-)
+from pallas_attn.implementations import functions_of
 from pallas_attn.placement.run import run
 
 
@@ -231,7 +227,7 @@ def attended(given: Request, return_residual: bool) -> Any:
         residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
         made = (output, residual)
     else:
-        attend = attend_of(given.implementation, problem.family)
+        attend = functions_of(given.implementation, problem.family).attend
         made = run(attend, given, 2 if return_residual else 1)
     led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
     return led if return_residual else led[0]
@@ -263,7 +259,7 @@ def visited(
     """
     given = canonical(query, key, value, bias, mask, **options)
     sizes = given.sizes
-    blocks = visited_of(given.implementation, given.problem.family)
+    blocks = functions_of(given.implementation, given.problem.family).visited
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
@@ -303,7 +299,7 @@ def sparsity(
     """
     given = canonical(query, key, value, bias, mask, **options)
     sizes = given.sizes
-    count = sparsity_of(given.implementation, given.problem.family)
+    count = functions_of(given.implementation, given.problem.family).sparsity
     if sizes.empty or count is None:
         shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
     else:

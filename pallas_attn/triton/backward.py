@@ -24,10 +24,11 @@ from pallas_attn.triton.programs import (
     query_tile,
     report,
 )
-from pallas_attn.triton.pruning import Own
+from pallas_attn.triton.row_weights import RowCotangents
 from pallas_attn.triton.scores import times, weights_and_ds
 from pallas_attn.triton.terms import hold, on_tile, pullback
 from pallas_attn.triton.tile import at_queries, Tile, zeros
+from pallas_attn.triton.visitor import Own, Visitor
 
 
 f32 = jnp.float32
@@ -36,17 +37,14 @@ i32 = jnp.int32
 
 def rows_kernel(
     ops: Operands,
-    cot: Any,
-    blocks: Any,
+    cot: RowCotangents,
+    blocks: Visitor,
     out: dict[str, Any],
     *,
     call: Call,
     plan: Plan,
 ) -> None:
-    """For one query block: dq, the query side of products, row-owned fields.
-
-    cot: `Cotangents`; blocks: says which to visit, `Pruning` (or entmax's of both).
-    """
+    """For one query block: dq, the query side of products, row-owned fields."""
     t0 = query_tile(ops.sight, call, plan, "rows")
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
@@ -91,7 +89,7 @@ def rows_kernel(
     own = Own(q, qs, stats)
     state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
     # In an empty row 0 may have met a query that is not finite.
-    some = stats.some
+    some = stats.attends
     t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
@@ -100,7 +98,7 @@ def rows_kernel(
         # a multiple of U in dS, and small beside dS only until a row is summed.
         total, fields = state["sums"]
         beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
-        beyond = stats.of_one(beyond)
+        beyond = stats.in_units_of_u(beyond)
         for f, (x, y) in fields.items():
             t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
         if plan.settled:
@@ -110,8 +108,8 @@ def rows_kernel(
 
 def cols_kernel(
     ops: Operands,
-    cot: Any,
-    blocks: Any,
+    cot: RowCotangents,
+    blocks: Visitor,
     out: dict[str, Any],
     *,
     call: Call,
@@ -198,8 +196,8 @@ def cols_kernel(
 
 def tiles_kernel(
     ops: Operands,
-    cot: Any,
-    blocks: Any,
+    cot: RowCotangents,
+    blocks: Visitor,
     out: Any,
     *,
     call: Call,
@@ -246,7 +244,7 @@ def tiles_kernel(
     def body(y: Any, acc: jax.Array) -> jax.Array:
         b = b0 if own_b > 1 else (y if own_h > 1 else y // call.N)
         h = h0 if own_h > 1 else y % call.N
-        return blocks.at(at(b, h), add, acc)
+        return blocks.on_tile(at(b, h), add, acc)
 
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)

@@ -14,8 +14,8 @@ from pallas_attn.triton.tile import Tile
 
 
 @dataclass(frozen=True)
-class RowStats:
-    """Of the queries of a tile, [bq]: what `Cotangents` has of all."""
+class SoftmaxRows:
+    """The `RowWeights` of softmax, [bq]: what `Cotangents` has of all queries."""
 
     lse: jax.Array
     delta: jax.Array
@@ -23,7 +23,7 @@ class RowStats:
     total: jax.Array | None
 
     @property
-    def some(self) -> jax.Array:
+    def attends(self) -> jax.Array:
         """Whether a query attends to anything."""
         return self.lse != jnp.inf
 
@@ -47,7 +47,7 @@ class RowStats:
         p = exp2(t.call, e)
         return p, p
 
-    def of_one(self, x: jax.Array) -> jax.Array:
+    def in_units_of_u(self, x: jax.Array) -> jax.Array:
         """What x per query is as a multiple of U: a row of P adds up to 1."""
         return x
 
@@ -64,10 +64,10 @@ class Cotangents:
     total: Any = None  # + total (log2)
     dlse: Any = None  # [B, N, T], natural units; None: no cotangent
 
-    def of_rows(self, t: Tile) -> RowStats:
+    def of_rows(self, t: Tile) -> SoftmaxRows:
         """The statistics of a tile's queries."""
         large = self.peak is not None
-        return RowStats(
+        return SoftmaxRows(
             t.stat(self.lse, jnp.inf),
             t.stat(self.delta),
             t.stat(self.peak, jnp.inf) if large else None,

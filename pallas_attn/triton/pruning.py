@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,15 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
 from pallas_attn.triton.terms import bound
 from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
+from pallas_attn.triton.visitor import Own, Step
 
 
 i32 = jnp.int32
-
-# One more tile of a loop: (tile, state) -> state.
-Step = Callable[[Tile, Any], Any]
-
-
-class Own(NamedTuple):
-    """What a program holds of its query block."""
-
-    q: jax.Array
-    qs: list[jax.Array]  # query sides of products
-    stats: Any
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +71,7 @@ class Pruning:
         )
         far = schedule.all_far(w.sides)
         if plan.pruned:
+            assert isinstance(own.stats, SoftmaxRows)  # entmax has a support
             floor = jnp.min(jnp.where(t0.inside_rows(), own.stats.lse, jnp.inf))
             reach = reach_of(t0.call, own.q, own.qs)
             far = far_keys(t0, w, ops, held, self, reach, floor)
@@ -105,7 +96,7 @@ class Pruning:
         )
         return state, visits(w, far)
 
-    def at(self, t: Tile, step: Step, state: Any) -> Any:
+    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
         """One tile: every one is visited."""
         return step(t, state)
 

@@ -12,6 +12,7 @@ from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 from pallas_attn.tiled.fields import Field
 from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.terms import on_tile, parts
 from pallas_attn.triton.tile import Tile
 
@@ -122,7 +123,7 @@ def weights_and_ds(
     operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     factors: tuple[list[jax.Array], list[jax.Array]],
     terms: tuple[Any, ...],
-    stats: Any,
+    stats: RowWeights,
 ) -> Graded:
     """What a backward pass makes of one tile, given its q, k, v, do.
 

@@ -68,5 +68,5 @@ def alpha_kernel(
     total, by_u, by_h = sums
     if expected is not None:
         by_u = by_u - t0.stat(expected)
-    total = total - stats.of_one(by_u) * by_h
-    t0.put_stat(out, jnp.where(stats.some, total, 0.0))
+    total = total - stats.in_units_of_u(by_u) * by_h
+    t0.put_stat(out, jnp.where(stats.attends, total, 0.0))

@@ -16,8 +16,8 @@ from pallas_attn.triton.tile import Tile
 
 
 @dataclass(frozen=True)
-class RowStats:
-    """Of the queries of a tile, [bq]: what `Cotangents` has of all."""
+class EntmaxRows:
+    """The `RowWeights` of entmax, [bq]: what `Cotangents` has of all queries."""
 
     power: Power | Learned
     m: jax.Array
@@ -26,7 +26,7 @@ class RowStats:
     delta: jax.Array
 
     @property
-    def some(self) -> jax.Array:
+    def attends(self) -> jax.Array:
         """Whether a query attends to anything."""
         return self.m != jnp.inf
 
@@ -52,7 +52,7 @@ class RowStats:
         # what an empty row has for itself may be NaN
         return s, jnp.where(m == jnp.inf, m, m - row * inverse)
 
-    def of_one(self, x: jax.Array) -> jax.Array:
+    def in_units_of_u(self, x: jax.Array) -> jax.Array:
         """What x per query is as a multiple of U."""
         return x / jnp.where(self.u == 0, 1.0, self.u)
 
@@ -70,10 +70,10 @@ class Cotangents:
     alpha: Any  # [#B, #N]; None: static
     dlse: Any = None  # [B, N, T], what a row of dS adds up to; None: 0
 
-    def of_rows(self, t: Tile) -> RowStats:
+    def of_rows(self, t: Tile) -> EntmaxRows:
         """The statistics of a tile's queries."""
         assert isinstance(t.call, SparseCall)
-        return RowStats(
+        return EntmaxRows(
             power_of(t.call, self.alpha, t.b, t.h),
             t.stat(self.m, jnp.inf),
             t.stat(self.level),

@@ -17,9 +17,9 @@ from pallas_attn.tiled.block_ranges import Runs
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.programs import key_runs, query_runs, side_of, Visits
-from pallas_attn.triton.pruning import Own, Step
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
+from pallas_attn.triton.visitor import Own, Step
 
 
 i32 = jnp.int32
@@ -69,7 +69,7 @@ class Support:
 
         return _over(t0, self.by_key, row, query_runs(t0), visit, state)
 
-    def at(self, t: Tile, step: Step, state: Any) -> Any:
+    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
         """One tile, if it has weight."""
         j = t.k0 // i32(t.bk)
         row = (t.b, t.h, t.q0 // i32(t.bq), j // WORD)
