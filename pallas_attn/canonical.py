@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
+from pallas_attn.bias.base import Added, Bias, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import accumulator, Call
 from pallas_attn.cards import shared_kib
@@ -265,17 +265,19 @@ def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:
             x = x.astype(place.dtype)
         return flattened(x, sizes.leading, rank)
 
-    terms: list[Bias] = []
-    products: list[tuple[Array, Array]] = []
-    for name, term in check_bias.terms("bias", bias, place, sizes):
-        if (sides := check_bias.product(name, term, sizes)) is not None:
-            a, b = (flat(side, 3) for side in sides)
-            if a.dtype != b.dtype:
-                a, b = (side.astype(place.dtype) for side in (a, b))
-            products.append((a, b))
-        if has_tile(term):
-            fields = check_bias.tiled(name, term, sizes)
-            at = homes(term)
-            flats = {f: flat(x, RANKS[at[f]]) for f, x in fields.items()}
-            terms.append(dataclasses.replace(term, **flats))
-    return Added(tuple(terms), tuple(products))
+    def sides(product: tuple[Array, Array]) -> tuple[Array, Array]:
+        a, b = (flat(side, 3) for side in product)
+        if a.dtype != b.dtype:
+            a, b = (side.astype(place.dtype) for side in (a, b))
+        return a, b
+
+    def term(part: check_bias.Part, fields: dict[str, Array]) -> Bias:
+        at = homes(part.term)
+        flats = {name: flat(x, RANKS[at[name]]) for name, x in fields.items()}
+        return dataclasses.replace(part.term, **flats)
+
+    parts = check_bias.parts(bias, place, sizes)
+    return Added(
+        tuple(term(x, x.fields) for x in parts if x.fields is not None),
+        tuple(sides(x.product) for x in parts if x.product is not None),
+    )
