@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, overload, Unpack
 
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from pallas_attn.arguments import Options, takes_options
 from pallas_attn.bias.base import Bias
-from pallas_attn.canonical import Canonical, canonical
+from pallas_attn.canonical import canonical, Request
 from pallas_attn.checks import options as check
-from pallas_attn.config import Config
-from pallas_attn.implementations import (
-    attend_of,
-    Implementation,
-    sparsity_of,
-    visited_of,
-)
-from pallas_attn.normalizers.entmax import Entmax
-from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.implementations import functions_of
 from pallas_attn.placement.run import run
 
 
@@ -65,28 +56,6 @@ class Sparsity(NamedTuple):
     skipped_blocks: Float[Array, "*B N"]
 
 
-class Options(TypedDict, total=False):
-    """The keywords of a call, but for `return_residual`: for type checkers alone."""
-
-    scale: ArrayLike | None
-    is_causal: bool
-    query_seq_lengths: ArrayLike | None
-    key_value_seq_lengths: ArrayLike | None
-    local_window_size: int | tuple[int, int] | None
-    query_offset: ArrayLike
-    query_positions: ArrayLike | None
-    key_positions: ArrayLike | None
-    query_segment_ids: ArrayLike | None
-    key_segment_ids: ArrayLike | None
-    normalizer: Softmax | Entmax
-    logits_soft_cap: float | None
-    dropout_rate: float
-    dropout_rng: Array | None
-    precision: lax.PrecisionLike
-    implementation: Implementation | Sequence[Implementation] | None
-    config: Config | None
-
-
 @overload
 def dot_product_attention(
     query: ArrayLike,
@@ -126,6 +95,7 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
+@takes_options
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -133,24 +103,8 @@ def dot_product_attention(
     bias: Bias | ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: ArrayLike = 0,
-    query_positions: ArrayLike | None = None,
-    key_positions: ArrayLike | None = None,
-    query_segment_ids: ArrayLike | None = None,
-    key_segment_ids: ArrayLike | None = None,
-    normalizer: Softmax | Entmax = Softmax(),
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-    precision: lax.PrecisionLike = None,
-    implementation: Implementation | Sequence[Implementation] | None = None,
-    config: Config | None = None,
     return_residual: bool = False,
+    **options: Unpack[Options],
 ) -> Any:
     """Attention with biases: P v, where P = softmax(scale q.k + bias) or sparser.
 
@@ -261,71 +215,32 @@ def dot_product_attention(
     Peters et al., entmax (arXiv 1905.05702).
     """
     return_residual = check.flag("return_residual", return_residual)
-    given = canonical(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        query_segment_ids=query_segment_ids,
-        key_segment_ids=key_segment_ids,
-        normalizer=normalizer,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        precision=precision,
-        implementation=implementation,
-        config=config,
-    )
+    given = canonical(query, key, value, bias, mask, **options)
     return attended(given, return_residual)
 
 
-def attended(given: Canonical, return_residual: bool) -> Any:
-    """What a canonical call returns, its leading axes as they were given."""
-    sizes = given.sizes
+def attended(given: Request, return_residual: bool) -> Any:
+    """What a call returns, its leading axes as they were given."""
+    sizes, problem = given.sizes, given.problem
     if sizes.empty:
-        output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), given.query.dtype)
+        output = jnp.zeros((sizes.B, sizes.T, sizes.N, sizes.h), problem.query.dtype)
         residual = jnp.broadcast_to(given.residual_of_nothing, output.shape[:-1])
         made = (output, residual)
     else:
-        attend = attend_of(given.implementation, given.kind)
+        attend = functions_of(given.implementation, problem.family).attend
         made = run(attend, given, 2 if return_residual else 1)
     led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
     return led if return_residual else led[0]
 
 
+@takes_options
 def visited(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     bias: Bias | ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: ArrayLike = 0,
-    query_positions: ArrayLike | None = None,
-    key_positions: ArrayLike | None = None,
-    query_segment_ids: ArrayLike | None = None,
-    key_segment_ids: ArrayLike | None = None,
-    normalizer: Softmax | Entmax = Softmax(),
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-    precision: lax.PrecisionLike = None,
-    implementation: Implementation | Sequence[Implementation] | None = None,
-    config: Config | None = None,
+    **options: Unpack[Options],
 ) -> Visited:
     """The share of visible blocks that each pass visits: what pruning leaves.
 
@@ -342,32 +257,9 @@ def visited(
         >>> pallas_attn.visited(q, k, v, implementation="xla").forward.shape
         (2, 8)
     """
-    given = canonical(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        query_segment_ids=query_segment_ids,
-        key_segment_ids=key_segment_ids,
-        normalizer=normalizer,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        precision=precision,
-        implementation=implementation,
-        config=config,
-    )
+    given = canonical(query, key, value, bias, mask, **options)
     sizes = given.sizes
-    blocks = visited_of(given.implementation, given.kind)
+    blocks = functions_of(given.implementation, given.problem.family).visited
     if sizes.empty or blocks is None:
         shares = [jnp.ones((sizes.B, sizes.N), jnp.float32)] * 3
     else:
@@ -375,30 +267,14 @@ def visited(
     return Visited(*(x.reshape(*sizes.leading, sizes.N) for x in shares))
 
 
+@takes_options
 def sparsity(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     bias: Bias | ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: ArrayLike = 0,
-    query_positions: ArrayLike | None = None,
-    key_positions: ArrayLike | None = None,
-    query_segment_ids: ArrayLike | None = None,
-    key_segment_ids: ArrayLike | None = None,
-    normalizer: Softmax | Entmax = Softmax(),
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-    precision: lax.PrecisionLike = None,
-    implementation: Implementation | Sequence[Implementation] | None = None,
-    config: Config | None = None,
+    **options: Unpack[Options],
 ) -> Sparsity:
     """How sparse the weights of a call are, and what that saves.
 
@@ -421,32 +297,9 @@ def sparsity(
         >>> bool((abs(shares.zero_weights - 96 / 97) < 1e-6).all())
         True
     """
-    given = canonical(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        query_segment_ids=query_segment_ids,
-        key_segment_ids=key_segment_ids,
-        normalizer=normalizer,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        precision=precision,
-        implementation=implementation,
-        config=config,
-    )
+    given = canonical(query, key, value, bias, mask, **options)
     sizes = given.sizes
-    count = sparsity_of(given.implementation, given.kind)
+    count = functions_of(given.implementation, given.problem.family).sparsity
     if sizes.empty or count is None:
         shares = [jnp.zeros((sizes.B, sizes.N), jnp.float32)] * 2
     else:

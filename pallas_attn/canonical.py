@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, has_tile, homes, Place, Sum
+from pallas_attn.bias.base import Added, Bias, homes, Place, Sum
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.call import accumulator, Call
 from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (
     arrays as check,
     bias as check_bias,
     options as check_static,
 )
-from pallas_attn.implementations import current_device, resolve
+from pallas_attn.config import Config
+from pallas_attn.implementations import current_device, Implementation, resolve
 from pallas_attn.normalizers.entmax import Entmax, takes_power
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.problem import Problem
 from pallas_attn.shapes import flattened, Sizes
+from pallas_attn.visibility import positions, Visibility
 
 
 # Axes of a field behind the leading ones.
@@ -32,78 +37,56 @@ RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3}
 LEAST_SCALE = 2.0**-20
 
 
-class Canonical(NamedTuple):
-    """A call as the implementations take it, which of them, and the sizes as given."""
+class Request(NamedTuple):
+    """A call that has been checked: what is to be computed, by whom, in which shape."""
 
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K h"]
-    bias: Added | CoALiBi
-    visibility: Visibility
-    call: Call
+    problem: Problem
     implementation: str
-    sizes: Sizes
-    alpha: Float[Array, "#B #N"] | None = None  # where `call.alpha` is None
-
-    @property
-    def kind(self) -> str:
-        """Whose functions take the call, as in `implementations.MODULES`."""
-        if isinstance(self.bias, CoALiBi):
-            return "co_alibi"
-        return "softmax" if _is_softmax(self.call.alpha, self.call.top_k) else "entmax"
-
-    @property
-    def operands(self) -> tuple[Any, ...]:
-        """The arguments of an implementation; alpha is the fifth of entmax."""
-        if self.kind == "entmax":
-            return (*self[:4], self.alpha, *self[4:6])
-        return self[:6]
+    sizes: Sizes  # as given, before the leading axes became one
 
     @property
     def residual_of_nothing(self) -> Float[Array, "#B 1 #N"]:
         """The residual of a query that sees no key."""
-        is_lse = jnp.full((1, 1), self.call.alpha == 1)
-        if self.alpha is not None:
-            is_lse = self.alpha == 1
+        is_lse = jnp.atleast_2d(jnp.asarray(self.problem.normalizer.residual_is_lse))
         residual = jnp.where(is_lse, -jnp.inf, jnp.inf)[:, None, :]
-        return residual.astype(accumulator(self.query.dtype))
+        return residual.astype(self.problem.call.accumulator)
 
 
 def canonical(
     query: Any,
     key: Any,
     value: Any,
-    bias: Any,
-    mask: Any,
+    bias: Any = None,
+    mask: Any = None,
     *,
-    scale: Any,
-    is_causal: Any,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    query_offset: Any,
-    query_positions: Any,
-    key_positions: Any,
-    query_segment_ids: Any,
-    key_segment_ids: Any,
-    normalizer: Any,
-    logits_soft_cap: Any,
-    dropout_rate: Any,
-    precision: Any,
-    implementation: Any,
-    config: Any,
-    dropout_rng: Any = None,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_segment_ids: ArrayLike | None = None,
+    normalizer: Softmax | Entmax = Softmax(),
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    config: Config | None = None,
     broadcast_dropout: bool = False,
-) -> Canonical:
+) -> Request:
     """Checks every argument of `dot_product_attention`; flattens leading axes.
 
     broadcast_dropout: drop the same pairs in all batch entries and heads.
     """
-    normalizer = check_static.normalizer(normalizer)
+    given = check_static.normalizer(normalizer)
     soft_cap = check_static.soft_cap(logits_soft_cap)
     rate = check_static.dropout_rate(dropout_rate)
     seed = check.dropout_seed(dropout_rng, rate)
-    implementation = check_static.implementation(implementation)
+    names = check_static.implementation(implementation)
 
     q, k, v, sizes = check.operands(query, key, value)
     q, positive = _scaled(q, check.scale(scale))
@@ -122,12 +105,12 @@ def canonical(
         seed=seed,
     )
     bias = check_bias.given(bias, sizes)
-    alpha, top_k = _alpha_and_top_k(normalizer, sizes, accumulator(q.dtype))
-    sparse = not _is_softmax(alpha, top_k)
+    normalizer = _normalizer(given, sizes, accumulator(q.dtype))
+    sparse = isinstance(normalizer, Entmax)
     if sparse and isinstance(bias, CoALiBi):
         check_static.no_contextual_entmax()
     device = current_device()
-    choice = resolve(implementation, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
+    choice = resolve(names, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
     name = check_static.runnable(choice)
     config = check_static.config(config)
     if isinstance(bias, CoALiBi):
@@ -148,8 +131,6 @@ def canonical(
         window=check_static.window(local_window_size),
         offset=offset if isinstance(offset, int) else None,
         precision=check_static.precision(precision),
-        alpha=alpha if isinstance(alpha, float) else None,
-        top_k=top_k,
         soft_cap=soft_cap,
         dropout=rate,
         dropout_shared=check_static.flag("broadcast_dropout", broadcast_dropout),
@@ -159,32 +140,21 @@ def canonical(
     )
     place = _place(sizes, call, visibility, alone=_one_placed(bias))
     bias = _bias(bias, sizes, place)
-    learned = None
-    if not isinstance(alpha, int | float):
-        learned = alpha.astype(accumulator(q.dtype))[None]
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
-    return Canonical(q, k, v, bias, visibility, call, name, sizes, learned)
+    return Request(Problem(q, k, v, bias, normalizer, visibility, call), name, sizes)
 
 
-def accumulator(dtype: Any) -> Any:
-    """What scores, lse and sums are held in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def _alpha_and_top_k(
-    normalizer: Softmax | Entmax, sizes: Sizes, dtype: Any
-) -> tuple[float | Float[Array, " N"], int | None]:
-    """Those of entmax; softmax has alpha 1 and every visible key."""
-    if isinstance(normalizer, Softmax):
-        return 1.0, None
-    alpha, top_k = check.alpha(normalizer.alpha, sizes), normalizer.top_k
-    if isinstance(alpha, float) and not takes_power(alpha):
+def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | Entmax:
+    """What is softmax by another name as that; a learned alpha as [1, N]."""
+    if isinstance(given, Softmax):
+        return given
+    alpha, top_k = check.alpha(given.alpha, sizes), given.top_k
+    top_k = None if top_k is None or top_k >= sizes.S else int(top_k)
+    if not isinstance(alpha, int | float):
+        return Entmax(alpha.astype(dtype)[None], top_k)
+    if not takes_power(alpha):
         alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
-    return alpha, None if top_k is None or top_k >= sizes.S else int(top_k)
-
-
-def _is_softmax(alpha: Any, top_k: int | None) -> bool:
-    return isinstance(alpha, float) and alpha == 1 and top_k is None
+    return Softmax() if alpha == 1 and top_k is None else Entmax(alpha, top_k)
 
 
 def _scaled(
@@ -268,7 +238,7 @@ def _place(sizes: Sizes, call: Call, visibility: Visibility, *, alone: bool) -> 
         key_segments=led(visibility.key_segments),
         causal=call.causal,
         alone=alone and visibility.mask is None,
-        dtype=accumulator(jnp.dtype(call.dtype)),
+        dtype=call.accumulator,
     )
 
 
@@ -295,17 +265,19 @@ def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:
             x = x.astype(place.dtype)
         return flattened(x, sizes.leading, rank)
 
-    terms: list[Bias] = []
-    products: list[tuple[Array, Array]] = []
-    for name, term in check_bias.terms("bias", bias, place, sizes):
-        if (sides := check_bias.product(name, term, sizes)) is not None:
-            a, b = (flat(side, 3) for side in sides)
-            if a.dtype != b.dtype:
-                a, b = (side.astype(place.dtype) for side in (a, b))
-            products.append((a, b))
-        if has_tile(term):
-            fields = check_bias.tiled(name, term, sizes)
-            at = homes(term)
-            flats = {f: flat(x, RANKS[at[f]]) for f, x in fields.items()}
-            terms.append(dataclasses.replace(term, **flats))
-    return Added(tuple(terms), tuple(products))
+    def sides(product: tuple[Array, Array]) -> tuple[Array, Array]:
+        a, b = (flat(side, 3) for side in product)
+        if a.dtype != b.dtype:
+            a, b = (side.astype(place.dtype) for side in (a, b))
+        return a, b
+
+    def term(part: check_bias.Part, fields: dict[str, Array]) -> Bias:
+        at = homes(part.term)
+        flats = {name: flat(x, RANKS[at[name]]) for name, x in fields.items()}
+        return dataclasses.replace(part.term, **flats)
+
+    parts = check_bias.parts(bias, place, sizes)
+    return Added(
+        tuple(term(x, x.fields) for x in parts if x.fields is not None),
+        tuple(sides(x.product) for x in parts if x.product is not None),
+    )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, Literal, NamedTuple
 
 import jax
+from jaxtyping import Array
 
+from pallas_attn.problem import Problem
 
-# Kinds of calls, each with functions of its own, and where they are.
-MODULES = {
-    "softmax": ("attention", "attention"),
-    "entmax": ("entmax", "entmax.attention"),
-    "co_alibi": ("co_alibi", "co_alibi.attention"),
-}
 
 Implementation = Literal["triton", "triton_interpret", "xla", "reference"]
 NAMES: tuple[Implementation, ...] = get_args(Implementation)
@@ -120,33 +115,65 @@ def resolve(
     return Choice(None, "; ".join(refusals))
 
 
-def attend_of(name: str, kind: str) -> Callable[..., Any]:
-    """The function behind a name, imported when it is first used.
+class Functions(NamedTuple):
+    """What an implementation makes of a `Problem`.
+
+    attend: (output [B, T, N, h], residual [B, T, N]).
+    visited: Of the visible blocks the shares, each [B, N], that forward, rows and cols
+        visit; None: all of them.
+    sparsity: The shares, each [B, N], of visible pairs whose weight is 0, and of
+        visible blocks that are left out for it; None: there are none.
+    """
+
+    attend: Callable[[Problem], tuple[Array, Array]]
+    visited: Callable[[Problem], tuple[Array, Array, Array]] | None = None
+    sparsity: Callable[[Problem], tuple[Array, Array]] | None = None
+
+
+def functions_of(name: str, family: str) -> Functions:
+    """The functions behind a name, imported when they are first used.
 
     Args:
         name: One of `NAMES`.
-        kind: One of `MODULES`.
+        family: Of the problems, as `Problem.family` says.
     """
-    return _module(name, kind).attend
+    match name:
+        case "reference":
+            return _reference(family)
+        case "xla":
+            return _xla(family)
+        case _:
+            return _triton(family)
 
 
-def visited_of(name: str, kind: str) -> Callable[..., Any] | None:
-    """What counts the blocks that an implementation visits; None: it visits all."""
-    if name in ("xla", "reference"):
-        return None
-    return _module(name, kind).visited_blocks
+def _reference(family: str) -> Functions:
+    from pallas_attn.reference import attention, co_alibi, entmax
+
+    if family == "entmax":
+        return Functions(entmax.attend, sparsity=entmax.sparsity_shares)
+    return Functions((co_alibi if family == "co_alibi" else attention).attend)
 
 
-def sparsity_of(name: str, kind: str) -> Callable[..., Any] | None:
-    """What counts weights of 0 and blocks without weight; None: there are none."""
-    return _module(name, kind).sparsity_shares if kind == "entmax" else None
+def _xla(family: str) -> Functions:
+    from pallas_attn.xla import attention, co_alibi, entmax
+
+    if family == "entmax":
+        return Functions(entmax.attend, sparsity=entmax.sparsity_shares)
+    return Functions((co_alibi if family == "co_alibi" else attention).attend)
 
 
-def _module(name: str, kind: str) -> Any:
-    plain, kernels = MODULES[kind]
-    if name in ("xla", "reference"):
-        return importlib.import_module(f"pallas_attn.{name}.{plain}")
-    return importlib.import_module(f"pallas_attn.kernels.{kernels}")
+def _triton(family: str) -> Functions:
+    if family == "entmax":
+        from pallas_attn.triton.entmax import attention as entmax
+
+        return Functions(entmax.attend, entmax.visited_blocks, entmax.sparsity_shares)
+    if family == "co_alibi":
+        from pallas_attn.triton.co_alibi import attention as co_alibi
+
+        return Functions(co_alibi.attend, co_alibi.visited_blocks)
+    from pallas_attn.triton import attention
+
+    return Functions(attention.attend, attention.visited_blocks)
 
 
 def _no_cuda(device: Device) -> str | None:

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from pallas_attn.command import Parser, whole
 from pallas_attn.implementations import WIDEST_HEAD
-from pallas_attn.testing.cases import Case
-from pallas_attn.testing.evaluate import kernels
-from pallas_attn.testing.lowering import (
+from pallas_attn.lowering.lower import (
     compile_kernel,
     DEVICES,
     Kernel,
@@ -18,6 +16,8 @@ from pallas_attn.testing.lowering import (
     triton_version,
     unavailable,
 )
+from pallas_attn.testing.cases import Case
+from pallas_attn.testing.evaluate import kernels
 
 
 # The calls whose kernels are shown: they hold each kernel and each plan of a backward.

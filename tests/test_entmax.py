@@ -27,8 +27,6 @@ from pallas_attn import (
     sparsity,
     visited,
 )
-from pallas_attn.kernels.entmax import choice, lists
-from pallas_attn.kernels.operands import Wanted
 from pallas_attn.normalizers.entmax import Learned, Power, takes_power
 from pallas_attn.reference.entmax import entmax, largest
 from pallas_attn.testing.cases import ALPHAS, Case, normal, NORMALIZERS, TOP_K
@@ -54,6 +52,9 @@ from pallas_attn.testing.numerics import (
     GRADIENT_RATIO,
     OUTPUT_RATIO,
 )
+from pallas_attn.tiled.operands import Wanted
+from pallas_attn.triton.entmax import route
+from pallas_attn.triton.entmax.lists import passes as over_lists
 
 
 everywhere = pytest.mark.parametrize("implementation", implementations())
@@ -568,8 +569,8 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     fits, monkeypatch, retraced
 ):
     """The device chooses between two ways to the same numbers, forward and backward."""
-    monkeypatch.setattr(choice, "LONG", 1)
-    monkeypatch.setattr(lists, "MEAN", 40 if fits else 1)
+    monkeypatch.setattr(route, "LONG", 1)
+    monkeypatch.setattr(over_lists, "MEAN", 40 if fits else 1)
     case = Case("dense-1NTS", "causal lengths GQA", (), "entmax 1.5")
     sample = case.sample()
     got = gradients(sample, **options(kernel_implementation()))
@@ -581,15 +582,15 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
         implementation=kernel_implementation(),
         config=SMALL_ENTMAX,
     )
-    ops, call = choice.prepared(*given.operands[:4], *given.operands[5:])
-    _, found = choice.forward(ops, None, call, Wanted(), wants_alpha=False)
+    ops, alpha, call = route.prepared(given.problem)
+    _, found = route.forward(ops, alpha, call, Wanted(), wants_alpha=False)
     assert bool(found.lists.fits) == fits
 
 
 @pytest.mark.parametrize("bias", ["dense-1NTS"])
 def test_both_ways_of_long_rows_make_what_is_asked_for(bias, monkeypatch):
     """One conditional has both: each makes the gradients wanted, and no others."""
-    monkeypatch.setattr(choice, "LONG", 1)
+    monkeypatch.setattr(route, "LONG", 1)
     sample = Case(bias, "causal", (), "entmax 1.5").at(T=5, S=5, N=1, K=1).sample()
     leaves, tree = jax.tree.flatten(sample.operands)
     attend = attention(sample.settings, **options(kernel_implementation()))

@@ -384,7 +384,7 @@ def launched(monkeypatch):
     def fail(name, kind):
         raise AssertionError(f"{name} was reached")
 
-    monkeypatch.setattr(api, "attend_of", fail)
+    monkeypatch.setattr(api, "functions_of", fail)
 
 
 def wrongly(calls):

@@ -10,9 +10,6 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
-from pallas_attn.kernels.entmax import choice
-from pallas_attn.kernels.launch import launch, like
-from pallas_attn.kernels.tile import load_where, store_where
 from pallas_attn.testing.cases import Case
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -24,6 +21,9 @@ from pallas_attn.testing.evaluate import (
 from pallas_attn.testing.guards import guarded
 from pallas_attn.testing.indices import watched
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
+from pallas_attn.triton.entmax import route
+from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.tile import load_where, store_where
 
 
 # Calls that between them run every kernel, every plan of a backward and every kind of
@@ -52,7 +52,7 @@ def look():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_leaves_its_arrays(case, monkeypatch):
     """Every array between bands of NaN; interpreted, every index is looked at too."""
-    monkeypatch.setattr(choice, "LONG", SIZES["S"])
+    monkeypatch.setattr(route, "LONG", SIZES["S"])
     sample = case.sample()
     arguments = (sample.operands, sample.conditions, sample.cotangents)
     with guarded() as damage, look() as strays:

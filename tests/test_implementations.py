@@ -6,7 +6,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_attn import api, dot_product_attention
-from pallas_attn.implementations import current_device, Device, NAMES, resolve
+from pallas_attn.implementations import (
+    current_device,
+    Device,
+    Functions,
+    NAMES,
+    resolve,
+)
 
 
 SMALL = {"dtype": "float32", "H": 64, "h": 64}
@@ -72,14 +78,16 @@ def reached(monkeypatch):
     """The names of the implementations that calls reach."""
     names = []
 
-    def attend_of(name, bias):
+    def functions_of(name, family):
         names.append(name)
-        return lambda q, k, v, bias, visibility, call: (
-            v[:, : call.T],
-            v[:, : call.T, :, 0],
+        return Functions(
+            lambda problem: (
+                problem.value[:, : problem.call.T],
+                problem.value[:, : problem.call.T, :, 0],
+            )
         )
 
-    monkeypatch.setattr(api, "attend_of", attend_of)
+    monkeypatch.setattr(api, "functions_of", functions_of)
     return names
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 import pallas_attn
+from pallas_attn.layers.relative import toeplitz
 from pallas_attn.linen import (
     ALiBi,
     BiasContext,
@@ -23,7 +24,6 @@ from pallas_attn.linen import (
     SquaredDistanceBias,
     WindowRelativePositionBias,
 )
-from pallas_attn.linen.relative import toeplitz
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits, assert_zero
 
 

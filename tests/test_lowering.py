@@ -13,9 +13,7 @@ import pytest
 from pallas_attn import dot_product_attention, Entmax, Softmax
 from pallas_attn.config import Block, Config
 from pallas_attn.inspect import main
-from pallas_attn.testing.cases import Case, cases
-from pallas_attn.testing.evaluate import kernels, small
-from pallas_attn.testing.lowering import (
+from pallas_attn.lowering.lower import (
     compile_kernel,
     DEVICES,
     lower,
@@ -25,6 +23,9 @@ from pallas_attn.testing.lowering import (
     triton_version,
     unavailable,
 )
+from pallas_attn.lowering.triton_ir import offset_bits
+from pallas_attn.testing.cases import Case, cases
+from pallas_attn.testing.evaluate import kernels, small
 from pallas_attn.testing.machine_code import (
     compiled,
     lowered,
@@ -32,7 +33,6 @@ from pallas_attn.testing.machine_code import (
 )
 from pallas_attn.testing.numerics import SPILLS
 from pallas_attn.testing.shipped import LENGTH, LOADED, named, SHARED, SHIPPED, SIZES
-from pallas_attn.testing.triton_ir import offset_bits
 
 
 SMALL = 99 * 1024

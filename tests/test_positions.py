@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import pallas_attn
-from pallas_attn.call import Call, Visibility
-from pallas_attn.kernels.ranges import keys_in_sight, queries_in_sight
-from pallas_attn.kernels.visible import frame, Sight
+from pallas_attn.call import Call
 from pallas_attn.positions import difference, moved, within
 from pallas_attn.testing.evaluate import implementations, SMALL
 from pallas_attn.testing.numerics import assert_formula
+from pallas_attn.tiled.block_ranges import keys_in_sight, queries_in_sight
+from pallas_attn.tiled.summaries import frame, Sight
+from pallas_attn.visibility import Visibility
 
 
 FAR = 2**30

@@ -20,7 +20,6 @@ from pallas_attn import (
     visited,
 )
 from pallas_attn.bias.base import head_home
-from pallas_attn.kernels import walk
 from pallas_attn.testing.cases import Case, Sample
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -38,6 +37,7 @@ from pallas_attn.testing.numerics import (
     OUTPUT_RATIO,
     PRUNING,
 )
+from pallas_attn.triton import schedule
 
 
 BLOCK = Block(32, 32)
@@ -133,7 +133,7 @@ def no_budget(monkeypatch):
 
     def call(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(walk, "BUDGET", -1.0)
+            patch.setattr(schedule, "BUDGET", -1.0)
             jax.clear_caches()
             result = jax.block_until_ready(function(*arguments, **options))
         jax.clear_caches()
@@ -293,7 +293,7 @@ def test_a_key_loses_no_more_than_a_row():
     drawn = Sample(operands, {}, {**CAUSAL, "scale": 1.0}, (do, do[..., 0]))
     _, got = gradients(drawn, config=SMALL_CONTEXTUAL, **OPTIONS)
     lost = np.abs(got["value"] - truth(drawn)[1]["value"])[0, 0, 0, 0]
-    assert lost <= walk.BUDGET, f"{lost / walk.BUDGET:.1f} budgets of a key"
+    assert lost <= schedule.BUDGET, f"{lost / schedule.BUDGET:.1f} budgets of a key"
 
 
 def test_an_early_exit_leaves_out_a_lot():

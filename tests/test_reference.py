@@ -1,6 +1,6 @@
 """The dense reference agrees with `jax.nn` and with its own written backward."""
 
-import dataclasses
+from dataclasses import replace
 
 import chex
 import jax
@@ -10,11 +10,10 @@ import pytest
 
 import pallas_attn
 from pallas_attn.bias.base import Added
-from pallas_attn.call import Call
 from pallas_attn.testing.cases import Case, KINDS, normal
 from pallas_attn.testing.evaluate import called, reference_of, with_gradients
 from pallas_attn.testing.numerics import assert_formula, assert_zero
-from pallas_attn.visible import allowed, seen, seen_added
+from pallas_attn.visibility import allowed, seen, seen_added
 
 
 # What both functions know, on [B, T, N, S] = [2, 37, 4, 53] and K = 2 unless said; no
@@ -37,8 +36,8 @@ SHARED = {
     "bias over keys": {"bias": normal(jax.random.key(2), 1, 1, 1, 53)},
 }
 BACKWARDS = {
-    "autodiff": lambda *x: reference_of(x).attend(*x),
-    "written": lambda *x: reference_of(x).attend_with_written_backward(*x),
+    "autodiff": lambda x: reference_of(x).attend(x),
+    "written": lambda x: reference_of(x).attend_with_written_backward(x),
 }
 
 
@@ -77,12 +76,11 @@ def test_the_written_backward_is_the_derivative(bias, situation):
     """In float64, with cotangents of the output and of the log-sum-exp."""
     sample = Case(bias, situation).sample()
     with jax.enable_x64(True):
-        operands, cotangents = (
-            in_float64(arguments(sample)),
-            in_float64(sample.cotangents),
-        )
+        problem = in_float64(problem_of(sample))
+        problem = replace(problem, call=replace(problem.call, dtype="float64"))
+        cotangents = in_float64(sample.cotangents)
         written, automatic = (
-            pull(BACKWARDS[name], operands, cotangents)
+            pull(BACKWARDS[name], problem, cotangents)
             for name in ("written", "autodiff")
         )
         assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(written))
@@ -97,8 +95,11 @@ def test_the_written_backward_is_the_derivative(bias, situation):
 def test_nan_where_nobody_looks(kind, situation, backward):
     """NaN in every number, and in every cotangent, that no visible place reads."""
     sample = Case(kind, situation).at(B=1, N=1, K=1).sample()
-    *arrays, bias, visibility, call = arguments(sample)
-    places = jnp.broadcast_to(allowed(call, visibility), (1, 1, call.T, call.S))
+    problem = problem_of(sample)
+    *arrays, bias = parts(problem)
+    call = problem.call
+    places = allowed(call, problem.visibility)
+    places = jnp.broadcast_to(places, (1, 1, call.T, call.S))
     homes = ("query", "key", "key")
     ones = lambda tree: jax.tree.map(jnp.ones_like, tree)
     read = [seen(places, ones(x), home) for x, home in zip(arrays, homes, strict=True)]
@@ -116,8 +117,8 @@ def test_nan_where_nobody_looks(kind, situation, backward):
         jnp.where(rows, dlse, jnp.inf),
     )
     attend = BACKWARDS[backward]
-    got = pull(attend, (*poisoned, visibility, call), cotangents)
-    want = pull(attend, (*clean, visibility, call), sample.cotangents)
+    got = pull(attend, with_parts(problem, *poisoned), cotangents)
+    want = pull(attend, problem, sample.cotangents)
     chex.assert_tree_all_finite((got[0][0], got[1]))
     assert_formula(got, want)
 
@@ -125,15 +126,16 @@ def test_nan_where_nobody_looks(kind, situation, backward):
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_a_row_that_a_bias_empties(backward):
     """A bias of -inf or -1e30 hides like a mask, where the query is infinite too."""
-    *arrays, _, visibility, call = arguments(Case("none").at(B=1, N=1, K=1).sample())
-    arrays[0] = arrays[0].at[0, 5].set(jnp.inf)
+    problem = problem_of(Case("none").at(B=1, N=1, K=1).sample())
+    query, key, value, _ = parts(problem)
+    query, call = query.at[0, 5].set(jnp.inf), problem.call
     level = jnp.full((1, 1, call.T, call.S), -1e30).at[..., ::2].set(-jnp.inf)
     row = jnp.arange(call.T)[None, None, :, None] == 5
     bias = pallas_attn.DenseBias(jnp.where(row, level, 0.0))
     added = Added((bias,))
     cotangents = jnp.ones((1, call.T, 1, call.h)), jnp.ones((1, call.T, 1))
-    operands = (*arrays, added, visibility, call)
-    (output, lse), grads = pull(BACKWARDS[backward], operands, cotangents)
+    problem = with_parts(problem, query, key, value, added)
+    (output, lse), grads = pull(BACKWARDS[backward], problem, cotangents)
     chex.assert_tree_all_finite((output, grads))
     assert_zero((output[:, 5], grads[0][:, 5]))
     assert np.isneginf(lse[:, 5]).all()
@@ -152,25 +154,30 @@ def test_gradients_of_16_bits_are_rounded_once():
     chex.assert_trees_all_equal(got, rounded)
 
 
-def arguments(sample):
+def problem_of(sample):
     """A sampled call as implementations get it."""
-    return called(**sample.operands, **sample.conditions, **sample.settings).operands
+    arguments = {**sample.operands, **sample.conditions, **sample.settings}
+    return called(**arguments).problem
+
+
+def parts(problem):
+    """What has a gradient."""
+    return problem.query, problem.key, problem.value, problem.bias
+
+
+def with_parts(problem, query, key, value, bias):
+    """A problem with other query, key, value and bias."""
+    return replace(problem, query=query, key=key, value=value, bias=bias)
 
 
 def in_float64(tree):
-    """A tree with its floats, and the dtype of a call, as float64."""
-
-    def wide(x):
-        if isinstance(x, Call):
-            return dataclasses.replace(x, dtype="float64")
-        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(wide, tree)
+    """A tree with its floats as float64."""
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(np.float64) if floating(x) else x, tree)
 
 
-def pull(attend, operands, cotangents):
+def pull(attend, problem, cotangents):
     """(output, lse) and the gradients of query, key, value and bias."""
-    *differentiated, visibility, call = operands
-    f = lambda *x: attend(*x, visibility, call)
-    primals, pullback = jax.vjp(jax.jit(f), *differentiated)
+    f = lambda *x: attend(with_parts(problem, *x))
+    primals, pullback = jax.vjp(jax.jit(f), *parts(problem))
     return primals, pullback(cotangents)

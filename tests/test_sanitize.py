@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_attn
-from pallas_attn.kernels.entmax import choice
 from pallas_attn.testing import repeats, sanitize
 from pallas_attn.testing.cases import Case
 from pallas_attn.testing.evaluate import (
@@ -16,13 +15,14 @@ from pallas_attn.testing.evaluate import (
     with_gradients,
 )
 from pallas_attn.testing.jaxprs import kernel_names
+from pallas_attn.triton.entmax import route
 
 
-FOLDER = Path(pallas_attn.__file__).parent / "kernels"
+FOLDER = Path(pallas_attn.__file__).parent / "triton"
 
 
 def test_every_kernel_is_sanitized(monkeypatch):
-    monkeypatch.setattr(choice, "LONG", sanitize.SIZES["S"])
+    monkeypatch.setattr(route, "LONG", sanitize.SIZES["S"])
     written = {
         name
         for path in FOLDER.rglob("*.py")

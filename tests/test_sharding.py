@@ -80,7 +80,7 @@ def test_what_cannot_be_sharded_says_what_to_do(name, axis, says):
 
     def f(query, key, value):
         given = called(query=query, key=key, value=value, implementation="xla")
-        layout_of(list(given.operands[:-1]))
+        layout_of(given.problem)
 
     with pytest.raises(ValueError, match=f"`{name}`") as raised:
         jax.eval_shape(f, query, key, value)

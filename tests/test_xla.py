@@ -7,7 +7,7 @@ import pytest
 
 from pallas_attn.bias.base import Added
 from pallas_attn.bias.dense import DenseBias
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.testing.cases import Case, KINDS, SITUATIONS
 from pallas_attn.testing.evaluate import (
     attention,
@@ -18,6 +18,7 @@ from pallas_attn.testing.evaluate import (
 )
 from pallas_attn.testing.jaxprs import largest_array
 from pallas_attn.testing.numerics import assert_formula
+from pallas_attn.visibility import Visibility
 from pallas_attn.xla import chunks
 
 

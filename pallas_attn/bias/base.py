@@ -285,6 +285,9 @@ class Added:
     [#B, #N, #T, #S]; `products` are pairs (A [#B, T, #N, R], B [#B, S, #N, R]).
     """
 
+    # whose functions take it: the normalizer's
+    family: ClassVar[str] = ""
+
     terms: tuple[Bias, ...] = ()
     products: tuple[tuple[Array, Array], ...] = ()
 

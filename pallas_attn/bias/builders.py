@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.base import at_least_float32
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.checks.rules import (
+from pallas_attn.rules import (
     array,
     floating,
     int32,

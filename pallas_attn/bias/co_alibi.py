@@ -35,6 +35,8 @@ class CoALiBi(Bias):
     slopes: Float[Array, "*#B N"] = head_home()
 
     hides = False
+    # whose functions take it: its own
+    family = "co_alibi"
 
     def materialise(
         self,

@@ -132,15 +132,15 @@ def _two_numbers(sums: list[Array]) -> tuple[Array, Array]:
     high, *others = sums
     lost = []
     for x in others:
-        high, rest = _added(high, x)
+        high, rest = two_sum(high, x)
         lost.append(rest)
     # the smallest first: a number of few bits then takes all others at once
     low = functools.reduce(lambda a, b: b + a, reversed(lost), jnp.zeros_like(high))
-    return _added(high, low)
+    return two_sum(high, low)
 
 
-def _added(a: Array, b: Array) -> tuple[Array, Array]:
-    """The sum and what rounding took from it (Knuth)."""
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum and what rounding took from it, in whatever order (Knuth)."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_attn.checks.rules import (
+from pallas_attn.dropout import seed_of
+from pallas_attn.rules import (
     array,
     floating,
     int32,
@@ -21,7 +22,6 @@ from pallas_attn.checks.rules import (
     shape_from_the_right,
     wrong_shape,
 )
-from pallas_attn.dropout import seed_of
 from pallas_attn.shapes import axes, fits, Sizes, spelled
 
 

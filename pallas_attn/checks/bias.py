@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
-from pallas_attn.checks.rules import (
+from pallas_attn.checks.tile import elementwise
+from pallas_attn.rules import (
     array,
     floating,
     kind,
@@ -25,7 +26,6 @@ from pallas_attn.checks.rules import (
     shape_from_the_right,
     wrong_shape,
 )
-from pallas_attn.checks.tile import elementwise
 from pallas_attn.shapes import axes, fits, fits_from_the_right, Sizes, spelled
 
 
@@ -138,7 +138,33 @@ def _if_heads_came_first(sizes: Sizes, fit: Callable[[Sizes], bool]) -> str:
     )
 
 
-def terms(
+class Part(NamedTuple):
+    """One of the simplest terms of a bias, checked.
+
+    Args:
+        term: What neither `at` nor `expand` takes further.
+        product: (A [#B, T, #N, R], B [#B, S, #N, R]) of its `contract`, or None.
+        fields: What its `tile` reads, by name; None: it has no tile.
+    """
+
+    term: Bias
+    product: tuple[Array, Array] | None
+    fields: dict[str, Array] | None
+
+
+def parts(bias: Bias, place: Place, sizes: Sizes) -> list[Part]:
+    """A given bias as its simplest terms, where a call puts it: its way down, once."""
+    return [
+        Part(
+            term,
+            _product(name, term, sizes),
+            tiled(name, term, sizes) if has_tile(term) else None,
+        )
+        for name, term in _terms("bias", bias, place, sizes)
+    ]
+
+
+def _terms(
     name: str, bias: Bias, place: Place, sizes: Sizes
 ) -> Iterator[tuple[str, Bias]]:
     """The simplest terms of a bias, each by name: those that `expand` leaves alone.
@@ -147,22 +173,22 @@ def terms(
     """
     if isinstance(bias, Sum):
         for i, part in enumerate(bias.terms):
-            yield from terms(f"{name}.terms[{i}]", part, place, sizes)
+            yield from _terms(f"{name}.terms[{i}]", part, place, sizes)
         return
     if type(bias).at is not Bias.at:
         bias = dataclasses.replace(bias, **tiled(name, bias, sizes))
         bias = bias.at(place)
-    parts = bias.expand()
-    if not isinstance(parts, tuple):
+    expanded = bias.expand()
+    if not isinstance(expanded, tuple):
         raise TypeError(
-            f"`{name}.expand` must return a tuple of bias values; got {kind(parts)}. "
-            "Write `return (term,)`."
+            f"`{name}.expand` must return a tuple of bias values; got "
+            f"{kind(expanded)}. Write `return (term,)`."
         )
-    for i, part in enumerate(parts):
+    for i, part in enumerate(expanded):
         if type(part) is type(bias):
             yield name, _adding(name, part)
         elif isinstance(part, Bias):
-            yield from terms(f"{name}.expand()[{i}]", part, place, sizes)
+            yield from _terms(f"{name}.expand()[{i}]", part, place, sizes)
         else:
             raise TypeError(
                 f"`{name}.expand` must return bias values; got {kind(part)}. An array "
@@ -231,7 +257,7 @@ def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
     return fields
 
 
-def product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:
+def _product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:
     """What `contract` returns: A [#B, T, #N, R] and B [#B, S, #N, R], or None."""
     pair = x.contract()
     if pair is None:

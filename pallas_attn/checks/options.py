@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax import lax
 
-from pallas_attn.checks.rules import kind, static_int
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import Choice, NAMES
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.positions import UNBOUNDED
+from pallas_attn.rules import kind, static_int
 
 
 # The least soft cap; one over it is the largest.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_attn.bias.base import Bias, homes, parts_of, Region
-from pallas_attn.checks.rules import kind
+from pallas_attn.rules import kind
 
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ class Result:
 
 def prepare(options: Options) -> None:
     """Settings of a process, before its first call."""
-    from pallas_attn.kernels.entmax import choice
+    from pallas_attn.triton.entmax import route
     from pallas_attn.xla import chunks
 
     if jax.default_backend() == "cpu":
@@ -80,7 +80,7 @@ def prepare(options: Options) -> None:
     if options.small_chunks:
         chunks.BYTES, chunks.MOST_ROWS, chunks.LEAST_ROWS = 1, 8, 8
     if options.lists:
-        choice.LONG = 1
+        route.LONG = 1
 
 
 def plan_of(seed: int, options: Options) -> Plan:

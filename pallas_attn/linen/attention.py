@@ -17,15 +17,16 @@ from pallas_attn.bias.base import as_bias, Sum
 from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
-from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
 from pallas_attn.implementations import Implementation
+from pallas_attn.layers.cache import Slot
+from pallas_attn.layers.mask import spoiled, truth
 from pallas_attn.linen.bias import bias_value, BiasContext, read_by
-from pallas_attn.linen.decode import cached, refuse_places, Slot, slot_of
-from pallas_attn.linen.mask import spoiled, truth
+from pallas_attn.linen.decode import cached, refuse_places, slot_of
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
+from pallas_attn.rules import kind
 from pallas_attn.shapes import Sizes
 
 

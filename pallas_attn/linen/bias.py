@@ -15,8 +15,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_attn.bias.base import as_bias, Bias, Sum
-from pallas_attn.checks.rules import kind, wrong_shape
-from pallas_attn.linen.decode import cached, Slot
+from pallas_attn.layers.cache import Slot
+from pallas_attn.linen.decode import cached
+from pallas_attn.rules import kind, wrong_shape
 
 
 @dataclass(frozen=True)

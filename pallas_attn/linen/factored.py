@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from pallas_attn.bias.builders import squared_distance_factors
 from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.checks.rules import known, wrong_shape
 from pallas_attn.linen.bias import at_positions, BiasContext, BiasModule, coordinates
 from pallas_attn.linen.neural_factors import NeuralFactors
+from pallas_attn.rules import known, wrong_shape
 
 
 class LearnedFactoredBias(BiasModule):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.checks.rules import array, floating, static_int, wrong_shape
+from pallas_attn.rules import array, floating, static_int, wrong_shape
 
 
 # Steps that one compiled program takes, between which progress is shown.

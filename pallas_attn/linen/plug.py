@@ -16,12 +16,12 @@ from pallas_attn.bias.base import as_bias, Bias, has_tile, homes, Sum, tile_on
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.canonical import canonical
-from pallas_attn.checks.rules import kind
 from pallas_attn.config import Config
 from pallas_attn.implementations import Implementation
-from pallas_attn.linen.mask import truth
+from pallas_attn.layers.mask import truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.rules import kind
 
 
 def as_flax_attention_fn(

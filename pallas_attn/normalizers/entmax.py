@@ -23,15 +23,14 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_attn.flax_state import serializable
-from pallas_attn.normalizers.softmax import LOG2E
+from pallas_attn.normalizers.softmax import LN2, LOG2E
 from pallas_attn.shown import with_fields
 
 
 f32 = jnp.float32
-LN2 = 1 / LOG2E
 
 # Further below the largest score than any that has weight.
 FAR = 1e9
@@ -75,8 +74,15 @@ class Entmax:
     1909.00015); Goncalves et al., AdaSplash (arXiv 2502.12082).
     """
 
+    family: ClassVar[str] = "entmax"
+
     alpha: float | Float[Array, " N"] = 1.5
     top_k: int | None = None
+
+    @property
+    def residual_is_lse(self) -> bool | Bool[Array, " N"]:
+        """Whether a residual is the log-sum-exp: where alpha is 1."""
+        return self.alpha == 1
 
     def __repr__(self) -> str:
         return with_fields(self)

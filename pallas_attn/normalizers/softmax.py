@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_attn.call import NO_WEIGHT
 
 
 LOG2E = math.log2(math.e)
+LN2 = 1 / LOG2E
 
 # Where a bound on scores (in log2) takes the place of their maximum: weights reach
 # 2^ROOM, so that their sums with values of 2^50 stay finite, and a row's largest score
@@ -26,13 +28,12 @@ ROOM, SPREAD = 60.0, 100.0
 Exp2 = Callable[[jax.Array], jax.Array]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Softmax:
     """P = exp(t - lse), lse = log sum exp t over the visible keys.
 
     The residual of a call is lse, float32 [B, T, N] in natural units, differentiable.
-
-    Args: none.
 
     Example:
         >>> import jax, pallas_attn
@@ -45,6 +46,13 @@ class Softmax:
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135), for lse and the tiles.
     """
+
+    family: ClassVar[str] = "softmax"
+
+    @property
+    def residual_is_lse(self) -> bool:
+        """Whether a residual is the log-sum-exp: it is."""
+        return True
 
 
 def lowest(scale: float) -> float:

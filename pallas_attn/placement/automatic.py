@@ -22,10 +22,11 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
 from pallas_attn.call import Call
+from pallas_attn.letters import axes_of
 from pallas_attn.placement.explicit import Layout, Names, names_of, part
-from pallas_attn.placement.letters import axes_of, leaves
-from pallas_attn.placement.names import named
-from pallas_attn.placement.once import once
+from pallas_attn.problem import Problem
+from pallas_attn.tracing.names import named
+from pallas_attn.tracing.once import once
 
 
 # What a result of so many axes is: shares, a residual, an output.
@@ -38,26 +39,26 @@ ENTRIES, HEADS = 3, 5
 Run = Callable[..., tuple[Any, ...]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(function: Any, call: Call, arrays: list[Any]) -> tuple[Any, ...]:
-    """The results of function(*arrays, call), partitioned by batch and heads."""
-    flat, tree = jax.tree.flatten(arrays)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(function: Any, problem: Problem) -> tuple[Any, ...]:
+    """The results of a function of a problem, partitioned by batch and heads."""
+    flat, tree = jax.tree.flatten(problem)
 
     def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
-        mine, small = _part(jax.tree.unflatten(tree, flat), call, layout)
-        return tuple(function(*mine, small))
+        return tuple(function(_part(jax.tree.unflatten(tree, flat), layout)))
 
-    letters = letters_of(arrays)
+    letters = letters_of(problem)
     shapes = jax.eval_shape(functools.partial(run, None), *flat)
     made = [RESULTS[x.ndim] for x in shapes]
-    return named(partitioned(run, call, flat, letters, shapes, made))
+    return named(partitioned(run, problem.call, flat, letters, shapes, made))
 
 
-def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
-    arrays = jax.tree.map(lambda x: x.value, marked)
-    flat, tree = jax.tree.flatten(arrays)
+def _forward(function: Any, marked: Any) -> Any:
+    problem = jax.tree.map(lambda x: x.value, marked)
+    call = problem.call
+    flat, tree = jax.tree.flatten(problem)
     asked = tuple(bool(x) for x in jax.tree.leaves(_asked(marked)))
-    letters = letters_of(arrays)
+    letters = letters_of(problem)
     pulled = Pulled(function, tree, asked)
 
     whole, found = pulled.traced(call, None, flat)
@@ -101,8 +102,8 @@ def _forward(function: Any, call: Call, marked: list[Any]) -> Any:
     return returned, jax.tree_util.Partial(back, kept)
 
 
-def _backward(function: Any, call: Call, kept: Any, cotangents: Any) -> Any:
-    del function, call
+def _backward(function: Any, kept: Any, cotangents: Any) -> Any:
+    del function
     return (kept(cotangents),)
 
 
@@ -119,7 +120,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Pulled:
-    """A function of flat arrays that also keeps what its derivative reads.
+    """A function of a problem's arrays that also keeps what its derivative reads.
 
     asked: of each array, whether its gradient is asked for.
     """
@@ -139,8 +140,8 @@ class Pulled:
             mixed = [
                 next(left) if a else x for x, a in zip(flat, self.asked, strict=True)
             ]
-            mine, small = _part(jax.tree.unflatten(self.tree, mixed), call, layout)
-            return tuple(self.function(*mine, small))
+            problem = replace(jax.tree.unflatten(self.tree, mixed), call=call)
+            return tuple(self.function(_part(problem, layout)))
 
         outs, pull = jax.vjp(of, wanted)
         kept, tree = jax.tree.flatten(pull)
@@ -267,9 +268,9 @@ class Back:
         return found.tree
 
 
-def letters_of(arrays: list[Any]) -> list[str]:
-    """The letters of every array of a call."""
-    return [axes.letters for _, axes in leaves(arrays, axes_of(arrays))]
+def letters_of(problem: Problem) -> list[str]:
+    """The letters of every array of a problem."""
+    return [axes.letters for axes in axes_of(problem)]
 
 
 def partitioned(
@@ -378,8 +379,8 @@ def _layout(mesh: Any, args: Any, letters: Sequence[str], call: Call) -> Layout:
     return Layout(mesh, batch, fitting(heads, call.N, *([call.K] * (call.K > 1))))
 
 
-def _part(arrays: Any, call: Call, layout: Layout | None) -> tuple[list[Any], Call]:
-    return (arrays, call) if layout is None else part(arrays, call, layout)
+def _part(problem: Problem, layout: Layout | None) -> Problem:
+    return problem if layout is None else part(problem, layout)
 
 
 def _small(call: Call, layout: Layout) -> Call:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_attn.call import Call
 from pallas_attn.dropout import seed_of_all
-from pallas_attn.placement.letters import Axes, axes_of, leaves
-from pallas_attn.placement.varying import lifted
+from pallas_attn.letters import Axes, axes_of, leaves
+from pallas_attn.problem import Problem
+from pallas_attn.tracing.varying import lifted
 
 
 Names = tuple[str, ...]
@@ -66,7 +66,7 @@ def names_of(entry: Any) -> Names:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def layout_of(arrays: list[Any]) -> Layout | None:
+def layout_of(problem: Problem) -> Layout | None:
     """How a call lies on an explicit mesh; None: on none, or whole on each device.
 
     Raises:
@@ -74,7 +74,7 @@ def layout_of(arrays: list[Any]) -> Layout | None:
     """
     mesh: Any = None
     found: dict[str, tuple[Names, str]] = {}
-    for x, axes in leaves(arrays, axes_of(arrays)):
+    for x, axes in leaves(problem):
         sharding: Any = jax.typeof(x).sharding
         for letter, entry in zip(axes.letters, sharding.spec, strict=False):
             if not (names := names_of(entry)):
@@ -110,15 +110,15 @@ def _only_batch_and_heads(axes: Axes, letter: str, names: Names) -> None:
 
 
 def spread(
-    function: Callable[..., Any], arrays: list[Any], call: Call, layout: Layout
+    function: Callable[[Problem], Any], problem: Problem, layout: Layout
 ) -> tuple[Any, ...]:
-    """The results of function(*arrays, call), each device its batch entries and heads.
+    """The results of a function, each device its batch entries and heads.
 
     Results have the letters [B, T, N, ..] or, of two axes, [B, N].
     """
-    arrays = counted(arrays, call)
-    axes = axes_of(arrays)
-    specs = jax.tree.map(_spec, arrays)
+    problem = counted(problem)
+    axes = axes_of(problem)
+    specs = jax.tree.map(_spec, problem)
     explicit = {
         name
         for name, kind in zip(
@@ -126,38 +126,37 @@ def spread(
         )
         if kind == AxisType.Explicit
     }
-    wholes, tree = jax.tree.flatten(_bare(arrays))
-    shapes = jax.eval_shape(lambda *x: function(*x, call), *_bare(arrays))
+    wholes, tree = jax.tree.flatten(_bare(problem))
+    shapes = jax.eval_shape(function, _bare(problem))
     letters = {2: "BN", 3: "BTN", 4: "BTNh"}
     outs = jax.tree.map(lambda x: layout.spec(letters[x.ndim], x.shape), shapes)
 
-    def local(*arrays: Any) -> tuple[Any, ...]:
+    def local(problem: Problem) -> tuple[Any, ...]:
         used = frozenset((*layout.batch, *layout.heads))
+        arrays = jax.tree.leaves(lifted(problem, used))
         own = [
             _own(x, whole.shape, a.letters, layout)
-            for (x, a), whole in zip(
-                leaves(lifted(arrays, used), axes), wholes, strict=True
-            )
+            for x, a, whole in zip(arrays, axes, wholes, strict=True)
         ]
-        mine, small = part(jax.tree.unflatten(tree, own), call, layout)
-        return lifted(tuple(function(*mine, small)), used)
+        mine = part(jax.tree.unflatten(tree, own), layout)
+        return lifted(tuple(function(mine)), used)
 
     run = jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=tuple(specs),
+        in_specs=(specs,),
         out_specs=outs,
         axis_names=explicit,
     )
-    return run(*arrays)
+    return run(problem)
 
 
-def part(arrays: list[Any], call: Call, layout: Layout) -> tuple[list[Any], Call]:
+def part(problem: Problem, layout: Layout) -> Problem:
     """A device's part as a call of its own, of fewer batch entries and heads.
 
     Devices that share a key head each take it.
     """
-    query, key, value, *rest = arrays
+    call, key, value = problem.call, problem.key, problem.value
     heads = math.lcm(call.K, layout.groups) // layout.groups
     if call.K > 1 and call.K % layout.groups:
         shared = math.lcm(call.K, layout.groups) // call.K
@@ -167,16 +166,16 @@ def part(arrays: list[Any], call: Call, layout: Layout) -> tuple[list[Any], Call
     small = replace(
         call, B=call.B // layout.entries, N=call.N // layout.groups, K=heads
     )
-    return [query, key, value, *rest], small
+    return replace(problem, key=key, value=value, call=small)
 
 
-def counted(arrays: list[Any], call: Call) -> list[Any]:
-    """The arrays of a call of which parts will count entries and heads of the whole."""
-    *rest, visibility = arrays
+def counted(problem: Problem) -> Problem:
+    """A problem of which parts will count entries and heads of the whole."""
+    visibility = problem.visibility
     if visibility.seed is None:
-        return arrays
-    seed = seed_of_all(visibility.seed, call)
-    return [*rest, replace(visibility, seed=seed)]
+        return problem
+    seed = seed_of_all(visibility.seed, problem.call)
+    return replace(problem, visibility=replace(visibility, seed=seed))
 
 
 def _spec(x: Any) -> PartitionSpec:

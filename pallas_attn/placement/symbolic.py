@@ -10,8 +10,9 @@ import jax
 from jax import lax
 
 from pallas_attn.call import Call
+from pallas_attn.letters import leaves
 from pallas_attn.placement.explicit import counted
-from pallas_attn.placement.letters import axes_of, leaves
+from pallas_attn.problem import Problem
 
 
 def is_symbolic(call: Call) -> bool:
@@ -20,31 +21,32 @@ def is_symbolic(call: Call) -> bool:
 
 
 def one_by_one(
-    function: Callable[..., tuple[Any, ...]], arrays: list[Any], call: Call
+    function: Callable[[Problem], tuple[Any, ...]], problem: Problem
 ) -> tuple[Any, ...]:
-    """The results of function(*arrays, call), batch entry after batch entry.
+    """The results of a function of a problem, batch entry after batch entry.
 
     Raises:
         NotImplementedError: if a length is symbolic.
     """
     for letter in "TS":
-        if not isinstance(size := getattr(call, letter), int):
+        if not isinstance(size := getattr(problem.call, letter), int):
             raise NotImplementedError(
                 "`implementation`: kernels are exported for any batch, but for static "
                 f'lengths; got {letter} = {size}. Use implementation="xla", or export '
                 "once for each length."
             )
-    arrays = counted(arrays, call)
-    flat, tree = jax.tree.flatten(arrays)
+    problem = counted(problem)
+    flat, tree = jax.tree.flatten(problem)
     own = [
         axes.letters[0] == "B" and not isinstance(x.shape[0], int)
-        for x, axes in leaves(arrays, axes_of(arrays))
+        for x, axes in leaves(problem)
     ]
 
     def one(entry: list[Any]) -> tuple[Any, ...]:
         left = iter(entry)
         mixed = [next(left)[None] if o else x for x, o in zip(flat, own, strict=True)]
         mine = jax.tree.unflatten(tree, mixed)
-        return tuple(x[0] for x in function(*mine, replace(call, B=1)))
+        mine = replace(mine, call=replace(problem.call, B=1))
+        return tuple(x[0] for x in function(mine))
 
     return lax.map(one, [x for x, o in zip(flat, own, strict=True) if o])

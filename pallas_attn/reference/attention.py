@@ -13,6 +13,8 @@ whatever `precision` says; results are rounded once, to the dtype of their opera
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,47 +23,36 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, Region
-from pallas_attn.call import Call, positions, Visibility
+from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
-from pallas_attn.visible import allowed, seen, seen_added, taken, weighty
+from pallas_attn.problem import Problem
+from pallas_attn.visibility import (
+    allowed,
+    positions,
+    seen,
+    seen_added,
+    taken,
+    Visibility,
+    weighty,
+)
 
 
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention, differentiated by JAX: the specification.
-
-    Args:
-        query: Any floating dtype; float64 makes everything float64.
-        key: Of the same dtype; query head n reads key head n // (N // K).
-        value: Of the same dtype.
-        added: The bias.
-        visibility: The arrays that decide who may attend to whom.
-        call: The static facts.
 
     Returns:
         The output in the query's dtype, and the log-sum-exp of each row.
     """
-    row = rows(query, key, value, added, visibility, call)
-    return row.output.astype(query.dtype), row.lse
+    row = rows(problem)
+    return row.output.astype(problem.query.dtype), row.lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.custom_vjp
 def attend_with_written_backward(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward of the paper: what the kernels compute, densely.
 
@@ -69,35 +60,50 @@ def attend_with_written_backward(
     dS = dT (1 - tanh^2) of the soft cap ;  db = dT, summed to its shape
     dq = scale dS k ;  dk = scale dS^T q ;  dv = (P D)^T do
     """
-    return attend(query, key, value, added, visibility, call)
+    return attend(problem)
 
 
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[tuple[Array, Array], Any]:
-    operands = (query, key, value, added, visibility)
-    return attend(*operands, call), operands
+def forward_with(attend: Callable[[Problem], Any]) -> Callable[[Problem], Any]:
+    """The forward rule of a written backward, which starts from the problem itself."""
+    return lambda problem: (attend(problem), problem)
 
 
-def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
-    query, key, value, added, visibility = operands
-    row = rows(query, key, value, added, visibility, call)
-    do, dt = logit_cotangents(row, cotangents, call)
+def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
+    row = rows(problem)
+    do, dt = logit_cotangents(row, cotangents, problem.call)
+    dbias = bias_cotangents(problem, row, dt)
+    return (cotangent(problem, operand_cotangents(row, do, dt, problem.call), dbias),)
+
+
+attend_with_written_backward.defvjp(forward_with(attend), _backward)
+
+
+def bias_cotangents(problem: Problem, row: Rows, dt: Float[Array, "B N T S"]) -> Added:
+    """Those of the bias' fields, from that of the logits."""
+    here = region(problem.visibility, problem.call)
 
     def bias(added: Added) -> Array:
         zero = jnp.zeros(dt.shape, dt.dtype)
-        return sum(seen_added(row.visible, added).on(region(visibility, call)), zero)
+        return sum(seen_added(row.visible, added).on(here), zero)
 
-    (dadded,) = jax.vjp(bias, added)[1](dt)
-    return (*operand_cotangents(row, do, dt, call), dadded, None)
+    assert isinstance(problem.bias, Added)
+    return jax.vjp(bias, problem.bias)[1](dt)[0]
 
 
-attend_with_written_backward.defvjp(_forward, _backward)
+def cotangent(
+    problem: Problem, operands: tuple[Array, Array, Array], bias: Any, alpha: Any = None
+) -> Problem:
+    """The cotangent of a problem, of its parts; its integers have none."""
+    query, key, value = operands
+    return replace(
+        problem,
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        normalizer=jax.tree.map(lambda _: alpha, problem.normalizer),
+        visibility=jax.tree.map(lambda _: None, problem.visibility),
+    )
 
 
 class Rows(NamedTuple):
@@ -113,20 +119,15 @@ class Rows(NamedTuple):
     keep: Bool[Array, "#B #N T S"] | None  # where D is not 0; None: 1 everywhere
 
 
-def rows(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> Rows:
+def rows(problem: Problem) -> Rows:
     """The forward.
 
     Visibility comes first, from the operands as they are; what no visible place reads
     (and may be NaN) is then replaced by 0 before it meets anything.
     """
-    q, k, v = widened(query, key, value, call)
+    call, visibility, added = problem.call, problem.visibility, problem.bias
+    assert isinstance(added, Added)
+    q, k, v = widened(problem)
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
     q, k, v = seen_operands(visible, q, k, v)
     t, _ = _logits(q, k, seen_added(visible, added), visibility, call)
@@ -134,15 +135,15 @@ def rows(
 
 
 def widened(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N h"]]:
     """The operands in the accumulator's dtype, heads of keys written out."""
-    dtype = accumulator(call)
-    k, v = (jnp.repeat(x.astype(dtype), call.G, axis=2) for x in (key, value))
-    return query.astype(dtype), k, v
+    call, dtype = problem.call, problem.call.accumulator
+    k, v = (
+        jnp.repeat(x.astype(dtype), call.G, axis=2)
+        for x in (problem.key, problem.value)
+    )
+    return problem.query.astype(dtype), k, v
 
 
 def seen_operands(
@@ -216,15 +217,10 @@ def capped(s: Float[Array, "*axes"], call: Call) -> Float[Array, "*axes"]:
     return call.soft_cap * jnp.tanh(s / call.soft_cap)
 
 
-def accumulator(call: Call) -> Any:
-    """The dtype of scores, weights, sums and lse."""
-    return jnp.float64 if call.dtype == "float64" else jnp.float32
-
-
 def region(visibility: Visibility, call: Call) -> Region:
     """Where a term is evaluated: every query and every key."""
     queries, keys = positions(call, visibility)
-    return Region(queries[..., :, None], keys[..., None, :], accumulator(call))
+    return Region(queries[..., :, None], keys[..., None, :], call.accumulator)
 
 
 def _logits(

@@ -9,7 +9,6 @@ The dtypes and the rounding are those of `reference.attention`. A score s at or 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -19,8 +18,10 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import spread
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, Visibility
+from pallas_attn.problem import Problem
 from pallas_attn.reference.attention import (
+    cotangent,
+    forward_with,
     logit_cotangents,
     operand_cotangents,
     Rows,
@@ -29,42 +30,22 @@ from pallas_attn.reference.attention import (
     softmax,
     widened,
 )
-from pallas_attn.visible import allowed, weighty
+from pallas_attn.visibility import allowed, weighty
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention with Co-ALiBi, differentiated by JAX: the specification.
-
-    Args:
-        query: Any floating dtype; float64 makes everything float64.
-        key: Of the same dtype; query head n reads key head n // (N // K).
-        value: Of the same dtype.
-        bias: Slopes [#B, #N].
-        visibility: The arrays that decide who may attend to whom.
-        call: The static facts.
 
     Returns:
         The output in the query's dtype, and the log-sum-exp of each row.
     """
-    row, _, _ = rows(query, key, value, bias, visibility, call)
-    return row.output.astype(query.dtype), row.lse
+    row, _, _ = rows(problem)
+    return row.output.astype(problem.query.dtype), row.lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.custom_vjp
 def attend_with_written_backward(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward written out: what the kernels compute, densely.
 
@@ -75,24 +56,13 @@ def attend_with_written_backward(
         dm    = -sum_ij dT_ij z_ij
         dq, dk, dv from dS as there
     """
-    return attend(query, key, value, bias, visibility, call)
+    return attend(problem)
 
 
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[tuple[Array, Array], Any]:
-    operands = (query, key, value, bias, visibility)
-    return attend(*operands, call), operands
-
-
-def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
-    query, key, value, bias, visibility = operands
-    row, g, z = rows(query, key, value, bias, visibility, call)
+def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
+    bias, call = problem.bias, problem.call
+    assert isinstance(bias, CoALiBi)
+    row, g, z = rows(problem)
     do, dt = logit_cotangents(row, cotangents, call)
 
     c = jnp.cumsum(dt, 3)
@@ -101,26 +71,23 @@ def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any
     dm = -(dt * z).sum((2, 3))  # [B, N]
     shared = [axis for axis in (0, 1) if bias.slopes.shape[axis] == 1]
     dm = dm.sum(shared, keepdims=True).astype(bias.slopes.dtype)
-    return (*operand_cotangents(row, do, ds, call), CoALiBi(dm), None)
+    return (cotangent(problem, operand_cotangents(row, do, ds, call), CoALiBi(dm)),)
 
 
-attend_with_written_backward.defvjp(_forward, _backward)
+attend_with_written_backward.defvjp(forward_with(attend), _backward)
 
 
 def rows(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Rows, Float[Array, "B N T S"], Float[Array, "B N T S"]]:
     """The forward, with the gates g and their sums z.
 
     Visibility comes first, from the operands as they are; what no visible place reads
     (and may be NaN) is then replaced by 0 before it meets anything.
     """
-    q, k, v = widened(query, key, value, call)
+    bias, call, visibility = problem.bias, problem.call, problem.visibility
+    assert isinstance(bias, CoALiBi)
+    q, k, v = widened(problem)
     places = allowed(call, visibility) & weighty(lax.stop_gradient(scores(q, k, call)))
     q, k, v = seen_operands(places, q, k, v)
     # a place that is not visible may still be NaN, which 0 * sigmoid' would pass on

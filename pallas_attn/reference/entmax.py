@@ -10,101 +10,68 @@ sorted row: key k is one of them if a threshold at x_k itself leaves a sum below
 the support (sum p)^(alpha - 1) is the norm of x - tau of order 1 / (alpha - 1), which
 is convex in tau, so that Newton's method from below never passes the root.
 
-*Its derivative.* With a = alpha - 1 and u = p^(2 - alpha) on the support, 0 elsewhere,
-dp = u (dt - dtau / a). The sum of p stays 1, so that
-
-    dtau = a <u, dt> / sum u ;  dp = u (dt - <u, dt> / sum u)
-
-At alpha = 1, u = p: that is softmax. For alpha < 2 a key enters the support with u = 0;
-for alpha = 2, u is 1 on it: the weights have kinks where a score equals the threshold.
-What top_k selects is constant in every derivative.
-
-*Alpha.* log p = log(a t - tau) / a. Its derivative by alpha is, a shift of tau apart,
-h = -(e^w - 1 - w) / a^2 with w = -a log p, near alpha = 1 about -log(p)^2 / 2, and
-
-    dp/dalpha = p h - u <p, h> / sum u ;  dtau/dalpha = (<u, t> - sum p log p) / sum u
-
-The dtypes and the rounding are those of `reference.attention`.
+Its derivatives, by the scores and by alpha, stand in `normalizers.smooth`. The dtypes
+and the rounding are those of `reference.attention`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_attn.bias.base import Added, spread
-from pallas_attn.call import Call, Visibility
+from pallas_attn.bias.base import Added
 from pallas_attn.dropout import dropped
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.smooth import (
+    by_alpha,
+    exponents,
+    lowered,
+    newton_step,
+    residual_by_alpha,
+    residual_of,
+    slopes,
+    total_of,
+    weights_below,
+    with_derivative,
+)
+from pallas_attn.problem import Problem
 from pallas_attn.reference import attention
 from pallas_attn.reference.attention import (
-    accumulator,
+    bias_cotangents,
+    cotangent,
     einsum,
+    forward_with,
     operand_cotangents,
     region,
     Rows,
     scores,
 )
-from pallas_attn.visible import seen_added
+from pallas_attn.visibility import seen_added
 
 
 # Newton's steps: they double the digits that are right, once they are close.
 STEPS = 40
 
-# Series in w, to float64: (e^w - 1 - w) / w^2 for w < 1, and for |w| < 0.1 the
-# quotients (e^w - 1) / w and log(1 + w) / w.
-OF_H = [1 / math.factorial(n + 2) for n in range(18)]
-OF_EXPM1 = [1 / math.factorial(n + 1) for n in range(10)]
-OF_LOG1P = [(-1) ** n / (n + 1) for n in range(16)]
 
-# (t [..., S], -inf where there is no weight; alpha [..., 1]) -> (p, residual [..., 1])
-Solve = Callable[[Array, Array], tuple[Array, Array]]
-
-
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention with entmax, differentiated by JAX: the specification.
-
-    Args:
-        query: Any floating dtype; float64 makes everything float64.
-        key: Of the same dtype; query head n reads key head n // (N // K).
-        value: Of the same dtype.
-        added: The bias.
-        alpha: Where `call.alpha` is None.
-        visibility: The arrays that decide who may attend to whom.
-        call: The static facts.
 
     Returns:
         The output in the query's dtype, and the residual of each row: tau, +inf where
         it sees nothing; where alpha is 1, the log-sum-exp.
     """
-    row, _ = rows(query, key, value, added, alpha, visibility, call)
-    return row.output.astype(query.dtype), row.lse
+    row, _ = rows(problem)
+    return row.output.astype(problem.query.dtype), row.lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@jax.custom_vjp
 def attend_with_written_backward(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`attend`, with the backward written out: what the kernels compute, densely.
 
@@ -115,106 +82,70 @@ def attend_with_written_backward(
     Where alpha is 1 the residual is the log-sum-exp, of which dT has u dlse / sum u and
     dalpha nothing.
     """
-    return attend(query, key, value, added, alpha, visibility, call)
+    return attend(problem)
 
 
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    added: Added,
-    alpha: Array | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[tuple[Array, Array], Any]:
-    operands = (query, key, value, added, alpha, visibility)
-    return attend(*operands, call), operands
-
-
-def _backward(call: Call, operands: Any, cotangents: tuple[Array, Array]) -> Any:
-    query, key, value, added, alpha, visibility = operands
-    row, t = rows(query, key, value, added, alpha, visibility, call)
+def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
+    call, normalizer = problem.call, problem.normalizer
+    assert isinstance(normalizer, Entmax)
+    row, t = rows(problem)
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)  # [B, T, N]
     do, dtau = (x.astype(t.dtype) for x in cotangents)
     do, dtau = jnp.where(alive[..., None], do, 0), jnp.where(alive, dtau, 0)
     dtau = jnp.swapaxes(dtau, 1, 2)[..., None]  # [B, N, T, 1]
 
-    p, a = row.weights, exponents(alpha, call) - 1
+    p, a = row.weights, exponents(normalizer, t.dtype) - 1
     u = slopes(p, a)
-    total = _total(u)
+    total = total_of(u)
     dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
     delta = (u * dp).sum(3, keepdims=True) / total
     dt = u * (dp - delta + jnp.where(a == 0, 1, a) * dtau / total)
     dt = jnp.where(row.visible, dt, 0)
 
-    def bias(added: Added) -> Array:
-        zero = jnp.zeros(dt.shape, dt.dtype)
-        return sum(seen_added(row.visible, added).on(region(visibility, call)), zero)
-
-    (dadded,) = jax.vjp(bias, added)[1](dt)
-    dalpha = None
-    if alpha is not None:
-        of_p = (_by_alpha(p, u, a) * (dp - delta)).sum(3, keepdims=True)
-        of_tau = dtau * _residual_by_alpha(t, p, u, a)
+    dalpha, alpha = None, normalizer.alpha
+    if not isinstance(alpha, int | float):
+        of_p = (by_alpha(p, u, a) * (dp - delta)).sum(3, keepdims=True)
+        of_tau = dtau * residual_by_alpha(t, p, u, a)
         dalpha = (of_p + of_tau).sum((2, 3))  # [B, N]
         shared = [axis for axis in (0, 1) if alpha.shape[axis] == 1]
         dalpha = dalpha.sum(shared, keepdims=True).astype(alpha.dtype)
-    return (*operand_cotangents(row, do, dt, call), dadded, dalpha, None)
+    operands = operand_cotangents(row, do, dt, call)
+    return (cotangent(problem, operands, bias_cotangents(problem, row, dt), dalpha),)
 
 
-attend_with_written_backward.defvjp(_forward, _backward)
+attend_with_written_backward.defvjp(forward_with(attend), _backward)
 
 
 def sparsity_shares(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """The shares of visible pairs without weight, and of skipped blocks: none."""
-    row, _ = rows(query, key, value, added, alpha, visibility, call)
+    row, _ = rows(problem)
     count = lambda x: x.sum((2, 3), dtype=jnp.float32)
     visible, zero = count(row.visible), count(row.visible & (row.weights == 0))
     return zero / jnp.maximum(visible, 1), jnp.zeros_like(zero)
 
 
-def rows(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Rows, Float[Array, "B N T S"]]:
+def rows(problem: Problem) -> tuple[Rows, Float[Array, "B N T S"]]:
     """The forward and its logits t; the residual stands where softmax has lse.
 
     What is visible, and what the logits are, does not depend on the normalizer.
     """
-    row = attention.rows(query, key, value, added, visibility, call)
-    values = seen_added(row.visible, added).on(region(visibility, call))
+    call, normalizer = problem.call, problem.normalizer
+    assert isinstance(normalizer, Entmax)
+    assert isinstance(problem.bias, Added)
+    row = attention.rows(problem)
+    here = region(problem.visibility, call)
+    values = seen_added(row.visible, problem.bias).on(here)
     t = jnp.where(row.visible, sum(values, scores(row.q, row.k, call)), -jnp.inf)
-    t = jnp.where(largest(lax.stop_gradient(t), call.top_k), t, -jnp.inf)
+    t = jnp.where(largest(lax.stop_gradient(t), normalizer.top_k), t, -jnp.inf)
 
-    p, residual = entmax(t, exponents(alpha, call))
+    p, residual = entmax(t, exponents(normalizer, t.dtype))
     output = einsum("BNTS,BSNh->BTNh", dropped(call, row.keep, p), row.v)
     alive = jnp.swapaxes(row.visible.any(3), 1, 2)
     output = jnp.where(alive[..., None], output, 0)
     lse = jnp.swapaxes(residual[..., 0], 1, 2)
     return row._replace(weights=p, output=output, lse=lse), t
-
-
-def exponents(
-    alpha: Float[Array, "#B #N"] | None, call: Call
-) -> Float[Array, "#B #N 1 1"]:
-    """Alpha, shaped to broadcast against scores."""
-    if alpha is None:
-        assert call.alpha is not None
-        alpha = jnp.full((1, 1), call.alpha)
-    return spread("head", alpha).astype(accumulator(call))
 
 
 def largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows S"]:
@@ -226,70 +157,6 @@ def largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows
     least = values.min(-1, keepdims=True)
     last = jnp.where(values == least, places, 0).max(-1, keepdims=True)
     return (t > least) | ((t == least) & (_places(t) <= last)) | jnp.isnan(t)
-
-
-def with_derivative(solve: Solve) -> Solve:
-    """(p, residual) of a function, differentiable through its p any number of times."""
-    differentiable = jax.custom_jvp(solve)
-
-    def rule(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> Any:
-        t, alpha = primals
-        p, residual = differentiable(t, alpha)
-        return (p, residual), _tangents(t, alpha - 1, p, *tangents)
-
-    differentiable.defjvp(rule, symbolic_zeros=True)
-    return differentiable
-
-
-def _tangents(t: Array, a: Array, p: Array, dt: Any, dalpha: Any) -> Any:
-    """Those of p and of the residual."""
-    u = slopes(p, a)
-    total = _total(u)
-    dp, dresidual = jnp.zeros_like(p), jnp.zeros_like(total)
-    if not isinstance(dt, SymbolicZero):
-        mean = (u * dt).sum(-1, keepdims=True) / total
-        dp += u * (dt - mean)
-        dresidual += jnp.where(a == 0, 1, a) * mean
-    if not isinstance(dalpha, SymbolicZero):
-        ph = _by_alpha(p, u, a)
-        dp += dalpha * (ph - u * (ph.sum(-1, keepdims=True) / total))
-        dresidual += dalpha * _residual_by_alpha(t, p, u, a)
-    empty = (p == 0).all(-1, keepdims=True)  # its cotangent may be NaN
-    return dp, jnp.where(empty, 0, dresidual)
-
-
-def slopes(p: Array, a: Array) -> Array:
-    """The derivative u = p^(2 - alpha) of the weights, 0 off the support; NaN stays."""
-    return jnp.where(p <= 0, 0, jnp.exp((1 - a) * _log(p)))
-
-
-def _by_alpha(p: Array, u: Array, a: Array) -> Array:
-    """The derivative p h by alpha, at a fixed largest weight of a row without end.
-
-    -(u - p (1 + w)) / a^2 with w = -a log p, which cancels where w is small.
-    """
-    q = -_log(p)
-    w = a * q
-    near = w < 1
-    series = _polynomial(OF_H, jnp.where(near, w, 0))
-    direct = (u - p * (1 + w)) / jnp.where(a == 0, 1, a * a)
-    return -jnp.where(near, p * q * q * series, direct)
-
-
-def _residual_by_alpha(t: Array, p: Array, u: Array, a: Array) -> Array:
-    """The derivative of tau by alpha; lse, where alpha is 1, is no function of it."""
-    seen = jnp.where(p <= 0, 0, t)
-    dtau = (u * seen - p * _log(p)).sum(-1, keepdims=True) / _total(u)
-    return jnp.where(a == 0, 0, dtau)
-
-
-def _log(p: Array) -> Array:
-    return jnp.log(jnp.where(p <= 0, 1, p))
-
-
-def _total(u: Array) -> Array:
-    total = u.sum(-1, keepdims=True)
-    return jnp.where(total == 0, 1, total)
 
 
 def by_sorting(t: Array, alpha: Array) -> tuple[Array, Array]:
@@ -317,45 +184,6 @@ def by_sorting(t: Array, alpha: Array) -> tuple[Array, Array]:
     return p, residual_of(m, log_largest, a)
 
 
-def weights_below(y: Array, log_largest: Array, a: Array) -> Array:
-    """The weights of scores that lie y <= 0 above the largest, whose weight is known.
-
-    x - tau = a y + g with g = exp(a log_largest), so that
-
-        log p = log_largest + log(1 + a y / g) / a
-    """
-    y = y * jnp.exp(-a * log_largest)
-    off = a * y <= -1  # the log has no value there, and `jax_debug_nans` would say so
-    p = jnp.exp(log_largest + _log1p_over(a, jnp.where(off, 0, y)))
-    return jnp.where(off, 0, p)
-
-
-def newton_step(p: Array, a: Array) -> Array:
-    """How far to lower t against the threshold, for sum p = 1.
-
-    Of the norm F^a, F = sum p: (F^a - 1) / (a F^(a-1) sum u).
-    """
-    total = p.sum(-1, keepdims=True)
-    ratio = total / _total(slopes(p, a))
-    return jnp.where(total == 0, 0, ratio * _expm1_over(-a, jnp.log(total)))
-
-
-def lowered(log_largest: Array, step: Array, a: Array) -> Array:
-    """The log of the largest weight, after all of t has been lowered."""
-    return log_largest - _log1p_over(-a, step * jnp.exp(-a * log_largest))
-
-
-def residual_of(m: Array, log_largest: Array, a: Array) -> Array:
-    """Tau, or lse where alpha is 1, by the largest score and its weight."""
-    tau = jnp.where(a == 0, m - log_largest, a * m - jnp.exp(a * log_largest))
-    return jnp.where(m == -jnp.inf, residual_of_nothing(a), tau)
-
-
-def residual_of_nothing(a: Array) -> Array:
-    """The residual of a row that sees no key."""
-    return jnp.where(a == 0, -jnp.inf, jnp.inf)
-
-
 entmax = with_derivative(by_sorting)
 
 
@@ -377,30 +205,6 @@ def _support(ordered: Float[Array, "*rows S"], a: Array) -> Int[Array, "*rows 1"
     visible = (ordered != -jnp.inf).sum(-1, keepdims=True, dtype=jnp.int32)
     count = math.ceil(math.log2(ordered.shape[-1] + 1))
     return lax.fori_loop(0, count, step, (jnp.minimum(visible, 1), visible))[0]
-
-
-def _log1p_over(a: Array, x: Array) -> Array:
-    """The quotient log(1 + a x) / a: x where a is 0."""
-    return _over(jnp.log1p, OF_LOG1P, a, x)
-
-
-def _expm1_over(a: Array, x: Array) -> Array:
-    """The quotient (exp(a x) - 1) / a: x where a is 0."""
-    return _over(jnp.expm1, OF_EXPM1, a, x)
-
-
-def _over(
-    f: Callable[[Array], Array], series: Sequence[float], a: Array, x: Array
-) -> Array:
-    """f(a x) / a, smooth in a; by the series of f(w) / w where w = a x is small."""
-    w = a * x
-    near = jnp.abs(w) < 0.1
-    far = jnp.where(near, 1, w)
-    return x * jnp.where(near, _polynomial(series, jnp.where(near, w, 0)), f(far) / far)
-
-
-def _polynomial(coefficients: Sequence[float], w: Array) -> Array:
-    return functools.reduce(lambda s, c: s * w + c, reversed(coefficients), 0 * w)
 
 
 def _places(t: Float[Array, "*rows S"]) -> Int[Array, "*rows S"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,26 @@ from jaxtyping import Array
 from pallas_attn.api import dot_product_attention
 from pallas_attn.bias.base import as_bias, spread
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.canonical import Canonical, canonical
+from pallas_attn.canonical import canonical, Request
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, Implementation, resolve
+from pallas_attn.lowering.lower import Kernel, lower
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
+from pallas_attn.problem import Problem
 from pallas_attn.reference import (
     attention as added_reference,
     co_alibi as contextual_reference,
     entmax as sparse_reference,
 )
 from pallas_attn.testing.cases import Case, Sample
-from pallas_attn.testing.lowering import Kernel, lower
 
+
+REFERENCES = {
+    "softmax": added_reference,
+    "entmax": sparse_reference,
+    "co_alibi": contextual_reference,
+}
 
 # Small blocks, unlike each other: several of each in a ragged case, and a confusion of
 # the two axes or of two passes shows.
@@ -140,9 +146,8 @@ def written(sample: Sample) -> Any:
 
     def evaluate(operands: Any, conditions: Any, cotangents: Any) -> Any:
         def attend(operands: Any) -> Any:
-            given = called(**sample.settings, **conditions, **operands)
-            reference = reference_of(given.operands)
-            return reference.attend_with_written_backward(*given.operands)
+            problem = called(**sample.settings, **conditions, **operands).problem
+            return reference_of(problem).attend_with_written_backward(problem)
 
         primals, pullback = jax.vjp(attend, operands)
         return primals, pullback(cotangents)[0]
@@ -150,25 +155,18 @@ def written(sample: Sample) -> Any:
     return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
-def called(**arguments: Any) -> Canonical:
+def called(**arguments: Any) -> Request:
     """A call of `dot_product_attention` as the implementations take it.
 
     Args:
         **arguments: Its arguments, with its defaults, and `canonical`'s own.
     """
-    parameters = inspect.signature(dot_product_attention).parameters
-    defaults = {
-        name: x.default for name, x in parameters.items() if x.default is not x.empty
-    }
-    del defaults["return_residual"]
-    return canonical(**{**defaults, **arguments})
+    return canonical(**arguments)
 
 
-def reference_of(operands: tuple[Any, ...]) -> Any:
-    """The module of the reference that takes these operands."""
-    if isinstance(operands[3], CoALiBi):
-        return contextual_reference
-    return sparse_reference if len(operands) == 7 else added_reference
+def reference_of(problem: Problem) -> Any:
+    """The module of the reference that takes a problem."""
+    return REFERENCES[problem.family]
 
 
 @functools.cache

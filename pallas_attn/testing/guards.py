@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_attn.kernels import launch, tile
+from pallas_attn.triton import launch, tile
 
 
 # Numbers on either side of an array, at least; whole entries of its first axis.

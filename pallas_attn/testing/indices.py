@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_attn.kernels import tile
+from pallas_attn.triton import tile
 
 
 i32 = jnp.int32

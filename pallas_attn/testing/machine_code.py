@@ -25,9 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pallas_attn.testing.cases import Case
-from pallas_attn.testing.evaluate import kernels
-from pallas_attn.testing.lowering import (
+from pallas_attn.lowering.lower import (
     compile_kernel,
     Kernel,
     Record,
@@ -35,6 +33,8 @@ from pallas_attn.testing.lowering import (
     triton_ir,
     triton_version,
 )
+from pallas_attn.testing.cases import Case
+from pallas_attn.testing.evaluate import kernels
 from pallas_attn.testing.shipped import LOADED, SHARED, SHIPPED
 
 

@@ -146,12 +146,12 @@ def run(name: str, *, dirty: bool = False) -> int:
     import jax.numpy as jnp
 
     from pallas_attn.config import Config
-    from pallas_attn.kernels.entmax import choice
     from pallas_attn.testing.evaluate import gradients
+    from pallas_attn.triton.entmax import route
 
     if dirty:
         _fill()
-    choice.LONG = SIZES["S"]  # plain entmax looks at lists too
+    route.LONG = SIZES["S"]  # plain entmax looks at lists too
     case = case_of(name)
     # groups of heads: all but the first store into the arrays of the one before
     config = Config(carry_mib=0) if case.bias.startswith("co_alibi") else None

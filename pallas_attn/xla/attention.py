@@ -20,11 +20,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_attn.bias.base import Added, has_tile, homes, Region
-from pallas_attn.call import Call, Visibility
+from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
-from pallas_attn.reference.attention import capped
-from pallas_attn.visible import allowed, seen_added, taken, weighty
+from pallas_attn.problem import as_terms, Problem
+from pallas_attn.visibility import allowed, seen_added, taken, Visibility, weighty
 from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
 
 
@@ -48,20 +50,13 @@ class Weights(NamedTuple):
     residual: Callable[[], Array]  # [B, N, T, 1]
 
 
-# (logits, -inf where not visible; the chunk's alpha, where there is one)
+# (logits, -inf where not visible; the chunk's normalizer)
 WeightsOf = Callable[[Logits, Any], Weights]
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.attention.attend`."""
-    return in_chunks(query, key, value, added, visibility, call, sums)
+    return in_chunks(problem, sums)
 
 
 def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
@@ -81,7 +76,7 @@ def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
     return Logits(t, visible, jnp.where(fine, shift, 0))
 
 
-def softmax(logits: Logits, alpha: None) -> Weights:
+def softmax(logits: Logits, normalizer: Any) -> Weights:
     """Weights relative to the largest of a row; their sum divides the output."""
     t, _, shift = logits
     m = lax.stop_gradient(t).max(3, keepdims=True)
@@ -99,23 +94,19 @@ def softmax(logits: Logits, alpha: None) -> Weights:
 
 
 def in_chunks(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    visibility: Visibility,
-    call: Call,
-    logits: LogitsOf,
-    weights: WeightsOf = softmax,
-    alpha: Float[Array, "#B #N"] | None = None,
+    problem: Problem, logits: LogitsOf, weights: WeightsOf = softmax
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query, by logits that a chunk's scores and bias make.
 
     A chunk holds, in their order, all keys that a query of it may attend to.
     """
-    dtype = jnp.float64 if call.dtype == "float64" else jnp.float32
+    query, call, visibility = problem.query, problem.call, problem.visibility
+    added = as_terms(problem.bias)
+    dtype = call.accumulator
     plan = chunks(call, visibility, added)
-    key, value = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (key, value))
+    key, value = (
+        jnp.swapaxes(x.astype(dtype), 1, 2) for x in (problem.key, problem.value)
+    )
     unknown = None
     if may_hide(call, visibility) or any(term.hides for term in added.terms):
         unknown = tuple(~jnp.isfinite(x).all(3) for x in (key, value))  # [B, K, S]
@@ -142,7 +133,7 @@ def in_chunks(
                 jax.tree.map(lambda x: part(x, "BKS"), unknown),
                 logits,
                 weights,
-                part(alpha, "BN"),
+                jax.tree.map(lambda x: part(x, "BN"), problem.normalizer),
                 first=(plan.entries(at[0], call), *at[1:]),
             )
 
@@ -200,7 +191,7 @@ def _attend(
     unknown: tuple[Array, Array] | None,  # keys, values that are not finite
     logits: LogitsOf,
     weights: WeightsOf,
-    alpha: Float[Array, "#B #N"] | None,
+    normalizer: Softmax | Entmax,
     first: tuple[Array, Array, Array],  # batch entries; query and key of the chunk
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """One chunk, as a small call with positions written out."""
@@ -233,12 +224,12 @@ def _attend(
     scores = call.scale * dot("BKtH,BKSH->BKtS", q, key).reshape(pairs)
     # what a row sees of NaN meets it here, behind the cap's derivative: a product would
     # spread it over rows that see nothing of it, and over gradients
-    scores = poisoned(capped(scores, call), lost)
+    scores = poisoned(_capped(scores, call.soft_cap), lost)
 
     t, visible, shift = logits(scores, places, added, region)
     t = jnp.where(visible, t, -jnp.inf)
 
-    e, output, residual = weights(Logits(t, visible, shift), alpha)
+    e, output, residual = weights(Logits(t, visible, shift), normalizer)
     e = dropped(call, kept_on(call, visibility.seed, first), e)
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
     o = output(o.reshape(*pairs[:3], call.h))
@@ -248,6 +239,10 @@ def _attend(
     o = o.astype(query.dtype)
     of_rows = residual()
     return jnp.swapaxes(o, 1, 2), jnp.swapaxes(of_rows[..., 0], 1, 2)
+
+
+def _capped(scores: Float[Array, "*axes"], cap: float | None) -> Float[Array, "*axes"]:
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _seeing(unknown: Bool[Array, "#B K S"], places: Array, call: Call) -> Array:

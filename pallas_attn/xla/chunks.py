@@ -16,9 +16,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_attn.bias.base import Added, Bias, homes
-from pallas_attn.call import Call, positions, Visibility
-from pallas_attn.placement.letters import FIELDS
-from pallas_attn.placement.varying import in_shard_map
+from pallas_attn.call import Call
+from pallas_attn.letters import FIELDS
+from pallas_attn.tracing.varying import in_shard_map
+from pallas_attn.visibility import positions, Visibility
 
 
 # Scores of a chunk: small enough to stay in a CPU's cache, large enough to keep a

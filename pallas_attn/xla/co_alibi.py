@@ -13,21 +13,14 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Region, spread
 from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.call import Call, Visibility
-from pallas_attn.visible import weighty
+from pallas_attn.problem import Problem
+from pallas_attn.visibility import weighty
 from pallas_attn.xla.attention import in_chunks, Logits
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    bias: CoALiBi,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.co_alibi.attend`."""
-    return in_chunks(query, key, value, Added((bias,)), visibility, call, _logits)
+    return in_chunks(problem, _logits)
 
 
 def _logits(scores: Array, places: Array, added: Added, region: Region) -> Logits:

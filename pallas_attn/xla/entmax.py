@@ -2,7 +2,7 @@
 
 A chunk holds every key that its queries may attend to, so that their thresholds are
 found within it: by Newton's method on whole rows, each of whose steps is one pass over
-the chunk's scores. Its derivative is that of `reference.entmax`.
+the chunk's scores. Its derivative is that of `normalizers.smooth`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from pallas_attn.bias.base import Added
-from pallas_attn.call import Call, Visibility
-from pallas_attn.normalizers.entmax import newton, Power, takes_power
-from pallas_attn.reference.entmax import (
+from pallas_attn.normalizers.entmax import Entmax, newton, Power, takes_power
+from pallas_attn.normalizers.smooth import (
     exponents,
-    largest,
     lowered,
     residual_of,
     residual_of_nothing,
@@ -28,6 +25,7 @@ from pallas_attn.reference.entmax import (
     weights_below,
     with_derivative,
 )
+from pallas_attn.problem import Problem
 from pallas_attn.xla.attention import in_chunks, Logits, sums, Weights
 
 
@@ -37,47 +35,31 @@ MOST_STEPS = 64
 ROUNDINGS = 4
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
-) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.entmax.attend`."""
-    weights = functools.partial(_entmax, call=call)
-    return in_chunks(
-        query, key, value, added, visibility, call, sums, weights, alpha=alpha
-    )
+    return in_chunks(problem, sums, _entmax)
 
 
 def sparsity_shares(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K h"],
-    added: Added,
-    alpha: Float[Array, "#B #N"] | None,
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """The shares of visible pairs without weight, and of skipped blocks: none."""
-    wide = replace(call, h=1)
-    query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
-    one = value[..., :1]
-    weights = functools.partial(_counted, call=wide)
-    zero, visible = in_chunks(
-        query, key, one, added, visibility, wide, sums, weights, alpha=alpha
+    query = problem.query
+    counting = replace(
+        problem,
+        query=query.astype(jnp.promote_types(query.dtype, jnp.float32)),
+        value=problem.value[..., :1],
+        call=replace(problem.call, h=1),
     )
+    zero, visible = in_chunks(counting, sums, _counted)
     zero, visible = (x.sum(1, dtype=jnp.float32) for x in (zero[..., 0], visible))
     return zero / jnp.maximum(visible, 1), jnp.zeros_like(zero)
 
 
-def _entmax(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
+def _entmax(logits: Logits, normalizer: Entmax) -> Weights:
     """The weights p of a chunk and its residual."""
-    p, residual = _solved(logits, alpha, call)
-    a = exponents(alpha, call) - 1
+    p, residual = _solved(logits, normalizer)
+    a = exponents(normalizer, p.dtype) - 1
     alive = logits.visible.any(3, keepdims=True)
     # the cotangent of an empty row may be NaN
     shifted = residual + jnp.where(a == 0, 1, a) * logits.shift
@@ -85,25 +67,43 @@ def _entmax(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
     return Weights(p, lambda o: jnp.where(alive, o, 0), lambda: residual)
 
 
-def _counted(logits: Logits, alpha: Array | None, *, call: Call) -> Weights:
+def _counted(logits: Logits, normalizer: Entmax) -> Weights:
     """For the output, a row's visible keys of weight 0; for its residual, all of them.
 
     A row has at most 2^24 keys: float32 counts them.
     """
-    p, _ = _solved(logits, alpha, call)
+    p, _ = _solved(logits, normalizer)
     count = lambda x: x.sum(3, keepdims=True, dtype=p.dtype)
     zero, visible = count(logits.visible & (p == 0)), count(logits.visible)
     return Weights(p, lambda o: zero, lambda: visible)
 
 
 def _solved(
-    logits: Logits, alpha: Array | None, call: Call
+    logits: Logits, normalizer: Entmax
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     # Scores computed twice may round twice: the k-th is compared with itself.
     once = lax.optimization_barrier(lax.stop_gradient(logits.t))
-    t = jnp.where(largest(once, call.top_k), logits.t, -jnp.inf)
-    solve = functools.partial(_by_newton, static=call.alpha)
-    return with_derivative(solve)(t, exponents(alpha, call))
+    t = jnp.where(_largest(once, normalizer.top_k), logits.t, -jnp.inf)
+    alpha = normalizer.alpha
+    solve = functools.partial(
+        _by_newton, static=alpha if isinstance(alpha, float) else None
+    )
+    return with_derivative(solve)(t, exponents(normalizer, t.dtype))
+
+
+def _largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows S"]:
+    """The top_k largest of a row; NaN too.
+
+    All above the k-th, and of those equal to it as many of the first as there is room
+    for: their count sees no difference between 0.0 and -0.0, as an order would.
+    """
+    if top_k is None or top_k >= t.shape[-1]:
+        return jnp.ones_like(t, bool)
+    least = lax.top_k(t, top_k)[0].min(-1, keepdims=True)
+    above, equal = t > least, t == least
+    room = top_k - above.sum(-1, keepdims=True, dtype=jnp.int32)
+    first = jnp.cumsum(equal, -1, dtype=jnp.int32) <= room
+    return above | (equal & first) | jnp.isnan(t)
 
 
 def _by_newton(

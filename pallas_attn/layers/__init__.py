@@ -1,0 +1,1 @@
+"""What layers of any library of modules share: caches, masks, tables of positions."""

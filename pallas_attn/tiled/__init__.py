@@ -1,0 +1,1 @@
+"""What tiled lowerings share, and what one must bring: it names no backend."""

@@ -1,0 +1,246 @@
+"""Softmax attention by the passes of any lowering, behind one custom_vjp."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from pallas_attn.bias.base import Added
+from pallas_attn.call import Call
+from pallas_attn.normalizers.softmax import LN2
+from pallas_attn.problem import Problem
+from pallas_attn.tiled.fields import Field, fields, with_fields
+from pallas_attn.tiled.operands import Operands, Residuals, Wanted
+from pallas_attn.tiled.passes import Passes
+from pallas_attn.tiled.plan import Plan, plan
+from pallas_attn.tiled.split_factors import columns_of, factor_gradient, with_columns
+from pallas_attn.tiled.summaries import sight
+from pallas_attn.tracing.names import named
+
+
+f32 = jnp.float32
+
+
+def attend(
+    problem: Problem, passes: Passes
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and log-sum-exp; differentiable once, in reverse mode."""
+    ops, call = operands(problem)
+    o, lse = _attend(ops, call, passes)
+    return o, jnp.swapaxes(lse, 1, 2)
+
+
+def operands(problem: Problem) -> tuple[Operands, Call]:
+    """What the passes read, and a scale that leaves scores in units of q.k float32."""
+    query, call, added = problem.query, problem.call, problem.bias
+    assert isinstance(added, Added)
+    if not 1e-6 < call.scale < 1e6:
+        query = (query.astype(f32) * call.scale).astype(query.dtype)
+        call = replace(call, scale=1.0)
+    seen = sight(call, problem.visibility)
+    return Operands(query, problem.key, problem.value, added, seen), call
+
+
+def visited_blocks(
+    problem: Problem, passes: Passes
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
+    """The share of visible blocks that forward, rows and cols visit."""
+    ops, call = operands(problem)
+    wanted = Wanted(q=True, k=True, v=True)
+    _, res = _forward(ops, call, wanted, passes)
+    ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)
+    cot, pruning = passes.cotangents(res, jnp.zeros_like(res.o), None, call, p)
+    rows = passes.rows(ops, cot, pruning, call, p)
+    cols = passes.cols(ops, cot, pruning, call, p)
+
+    return share(res.visits), share(rows["visits"]), share(cols["visits"])
+
+
+def share(visits: Int[Array, "B N blocks 2"]) -> Float[Array, "B N"]:
+    """Visited blocks over all that there were, of what the programs counted."""
+    count = visits.sum(2, dtype=jnp.int32).astype(f32)
+    return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
+
+
+def _values(ops: Operands, call: Call, passes: Passes) -> tuple[Array, Array]:
+    return _forward(ops, call, Wanted(), passes)[0]
+
+
+def _attend_fwd(ops: Any, call: Call, passes: Passes) -> Any:
+    values = jax.tree.map(lambda x: x.value, ops)
+    asked = jax.tree.map(lambda x: x.perturbed, ops)
+    return _forward(values, call, wanted_of(values, asked), passes)
+
+
+def wanted_of(ops: Operands, asked: Operands) -> Wanted:
+    """Which gradients are asked for, by a bool in place of every operand."""
+    products = asked.added.products
+    return Wanted(
+        q=asked.q,
+        k=asked.k,
+        v=asked.v,
+        fields=tuple(f for f in fields(ops.added) if f.of(asked.added.terms)),
+        a=tuple(i for i, (a, _) in enumerate(products) if a),
+        b=tuple(i for i, (_, b) in enumerate(products) if b),
+    )
+
+
+def _attend_bwd(
+    call: Call, passes: Passes, residuals: Residuals, cotangents: Any
+) -> Any:
+    do, dlse = cotangents
+    if isinstance(do, SymbolicZero):
+        do = jnp.zeros_like(residuals.o)
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    return (_backward(residuals, do, dlse, call, passes),)
+
+
+_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1, 2))
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def _forward(
+    ops: Operands, call: Call, wanted: Wanted, passes: Passes
+) -> tuple[tuple[Array, Array], Residuals]:
+    """((output, lse), residuals)."""
+    factors = ops.added.products
+    ops, wanted = columned(ops, wanted, call)
+    p = plan(call, ops.sight, ops.added, wanted)
+    out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
+    lse = out["lse"]
+    sums = out["peak"] * call.scale + out["total"] * LN2 if p.large else lse * LN2
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, sums)
+    residuals = Residuals(ops, factors, wanted=wanted, **out)
+    return (residuals.o, natural), residuals
+
+
+def columned(ops: Operands, wanted: Wanted, call: Call) -> tuple[Operands, Wanted]:
+    """The operands with products as columns, and which columns' gradients are asked."""
+    added, places = with_columns(ops.added, call)
+    wanted = replace(
+        wanted,
+        a=tuple(places[i] for i in wanted.a),
+        b=tuple(places[i] for i in wanted.b),
+        places=places,
+    )
+    return replace(ops, added=added), wanted
+
+
+def _backward(
+    res: Residuals, do: Array, dlse: Array | None, call: Call, passes: Passes
+) -> Operands:
+    """The gradient of every operand; None where nobody asked."""
+    p = plan(call, res.ops.sight, res.ops.added, res.wanted)
+    cot, pruning = passes.cotangents(res, do, dlse, call, p)
+    total = None if dlse is None else jnp.where(res.lse == jnp.inf, 0.0, dlse)
+    return gradients(res, cot, pruning, total, call, p, passes)
+
+
+def gradients(
+    res: Any,
+    cot: Any,
+    blocks: Any,
+    total: Array | None,
+    call: Call,
+    p: Plan,
+    passes: Passes,
+) -> Operands:
+    """The gradient of every operand by rows, cols and tiles over some blocks.
+
+    total: what a row of dS adds up to, [B, N, T]; None: 0.
+    """
+    ops, wanted, products = res.ops, res.wanted, res.ops.added.products
+    rows = passes.rows(ops, cot, blocks, call, p) if p.rows else {}
+    if p.settled:
+        cot = replace(cot, delta=cot.delta + rows["beyond"])
+    cols = passes.cols(ops, cot, blocks, call, p) if p.cols else {}
+    ds: Any = cols.get("ds")
+    if p.own and not p.rows:
+        if wanted.q:
+            rows["dq"] = passes.thin_rows(ds, ops.k, ops.q, ops, call, p)
+        rows["da"] = {}
+        for i in p.da:
+            a, b = products[i]
+            out = columns_of(a, call.T, call)
+            rows["da"][i] = passes.thin_rows(ds, b, out, ops, call, p)
+    if p.own and not p.dk and wanted.k:
+        cols["dk"] = passes.thin_cols(ds, ops.q, ops.k, ops, call, p)
+    pairs = dict.fromkeys(p.own, ds)
+    pairs |= {f: passes.tiles(ops, cot, blocks, f, call, p) for f in p.tile_fields}
+    return collected(res, Made(rows, cols, pairs, total), p, call)
+
+
+class Made(NamedTuple):
+    """What the backward passes made, before it has its operands' shapes."""
+
+    rows: dict[str, Any]  # dq, da by product, fields
+    cols: dict[str, Any]  # dk, dv, db by product, fields
+    pairs: dict[Field, Any]
+    total: Array | None
+
+
+def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
+    """The gradient of every operand, in its shape; None where nobody asked."""
+    ops, wanted, rows, cols = res.ops, res.wanted, made.rows, made.cols
+
+    def field_gradient(f: Field, x: Array) -> Array | None:
+        if f not in wanted.fields:
+            return None
+        if f in made.pairs:
+            return made.pairs[f].astype(x.dtype)
+        if f.is_row_constant:
+            return _row_constant(f.home, x, made.total)
+        along_queries = f in p.row_fields
+        g = (rows if along_queries else cols)["fields"][f]
+        return _to_field(f.home, g, x, along_queries)
+
+    def side_gradient(n: int, side: int) -> Array | None:
+        place = wanted.places[n]
+        if place not in (wanted.a, wanted.b)[side]:
+            return None
+        g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
+        if g is None:
+            return None
+        a, b = res.factors[n]
+        g = factor_gradient(g, a, b, side, call)
+        return reduced(g, (a, b)[side], (0, 2))
+
+    grads = {f: field_gradient(f, x) for f, x in fields(ops.added).items()}
+    sides: Any = tuple(
+        (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
+    )
+    return Operands(
+        rows.get("dq") if wanted.q else None,
+        cols.get("dk") if wanted.k else None,
+        cols.get("dv") if wanted.v else None,
+        Added(with_fields(ops.added, grads), sides),
+        jax.tree.map(lambda _: None, ops.sight),
+    )
+
+
+def _row_constant(home: str, x: Array, total: Array | None) -> Array:
+    """The gradient of what shifts a whole row: what its dS adds up to."""
+    if total is None:
+        return jnp.zeros_like(x)
+    return _to_field(home, total, x, along_queries=True)
+
+
+def _to_field(home: str, g: Array, x: Array, along_queries: bool) -> Array:
+    """[B, N, T] or [B, N, S] summed to a field's shape."""
+    if home == "head":
+        return reduced(g.sum(2), x, (0, 1))
+    if home == "pair":
+        g = g[..., None] if along_queries else g[:, :, None, :]
+        return reduced(g, x, (0, 1, 2, 3))
+    return reduced(jnp.swapaxes(g, 1, 2), x, (0, 2))
+
+
+def reduced(g: Array, x: Array, axes: tuple[int, ...]) -> Array:
+    """The sum of g over the axes where x has 1."""
+    summed = [a for a in axes if x.shape[a] == 1 < g.shape[a]]
+    return g.sum(summed, keepdims=True).astype(x.dtype)

@@ -1,0 +1,155 @@
+"""Ranges of entries and of blocks that a block of queries, or of keys, may meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_attn.call import Call
+from pallas_attn.positions import moved
+from pallas_attn.tiled.summaries import Frame, least, most
+
+
+i32 = jnp.int32
+
+
+def keys_in_sight(
+    call: Call, frame: Frame, q0: Any, bq: int
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The ranges of keys that any, and that every, query of a block sees.
+
+    As far as offset, causality, window and lengths tell.
+    """
+    first, last = frame.keys
+    last = unless(apart(q0, bq, frame.queries, call.T), last, first)
+    whole_first, whole_last = 0, last
+    if frame.placed:
+        return (first, last), (whole_first, whole_last)
+    p0 = q0 + frame.offset
+    p1 = p0 + (bq - 1)
+    if call.causal:
+        last, whole_last = least(last, p1 + 1), least(whole_last, p0 + 1)
+    if call.window:
+        left, right = call.window
+        first = most(first, moved(p0, -left))
+        whole_first = most(whole_first, moved(p1, -left))
+        last = least(last, moved(p1, right + 1))
+        whole_last = least(whole_last, moved(p0, right + 1))
+    return (first, last), (whole_first, whole_last)
+
+
+def queries_in_sight(
+    call: Call, frame: Frame, k0: Any, bk: int
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The ranges of queries that see any, and that see every, key of a block."""
+    first, last = frame.queries
+    last = unless(apart(k0, bk, frame.keys, call.S), last, first)
+    whole_first, whole_last = 0, last
+    if frame.placed:
+        return (first, last), (whole_first, whole_last)
+    p0 = k0 - frame.offset
+    p1 = p0 + (bk - 1)
+    if call.causal:
+        first, whole_first = most(first, p0), most(whole_first, p1)
+    if call.window:
+        left, right = call.window
+        last = least(last, moved(p1, left + 1))
+        whole_last = least(whole_last, moved(p0, left + 1))
+        first = most(first, moved(p0, -right))
+        whole_first = most(whole_first, moved(p1, -right))
+    return (first, last), (whole_first, whole_last)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Blocks in storage order: masked first..lo, whole lo..hi, masked hi..last."""
+
+    first: Any
+    lo: Any
+    hi: Any
+    last: Any
+
+    def loop(
+        self,
+        body: Callable[[Any, bool, Any], Any],
+        state: Any,
+        *,
+        veiled: bool,
+        within: tuple[Any, Any] | None = None,
+    ) -> Any:
+        """Runs body(block, masked, state) over every block, in storage order.
+
+        veiled: arrays may hide any pair: the middle is masked too.
+        within: only blocks of this range.
+        """
+        for lo, hi, masked in (
+            (self.first, self.lo, True),
+            (self.lo, self.hi, veiled),
+            (self.hi, self.last, True),
+        ):
+            if lo is hi or (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
+                continue
+            if within is not None:
+                lo = jnp.maximum(i32(lo), within[0])
+                hi = jnp.maximum(jnp.minimum(i32(hi), within[1]), lo)
+
+            def one(n: Any, state: Any, masked: bool = masked) -> Any:
+                return body(n, masked, state)
+
+            state = lax.fori_loop(i32(lo), i32(hi), one, state)
+        return state
+
+
+def runs(
+    block: int, visited: Any, whole: Any, hull: Any, low_edge: bool, high_edge: bool
+) -> Runs:
+    """The blocks of a range of entries; an edge that cannot be masked is whole."""
+    first, last = blocks(block, visited, hull)
+    lo = clip(-(-whole[0] // block), first, last) if low_edge else first
+    hi = clip(whole[1] // block, lo, last) if high_edge else last
+    return Runs(first, lo, hi, last)
+
+
+def blocks(block: int, visited: tuple[Any, Any], hull: Any) -> tuple[Any, Any]:
+    """The range of blocks that holds a range of entries, within the hull."""
+    first, last = visited[0] // block, -(-visited[1] // block)
+    if hull is not None:
+        first, last = most(first, hull[0]), least(last, hull[1])
+    return first, most(last, first)
+
+
+def apart(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> Any:
+    """Whether a block lies wholly outside a range; False if that cannot be."""
+    lo, hi = limits
+    if covers(limits, size):
+        return False
+    return (i0 >= hi) | (i0 + n <= lo)
+
+
+def unless(condition: Any, x: Any, other: Any) -> Any:
+    """The integer x, or `other` where the condition holds."""
+    return x if condition is False else jnp.where(condition, i32(other), i32(x))
+
+
+def clip(x: Any, lo: Any, hi: Any) -> Any:
+    """The integer x within lo..hi, static if all are."""
+    return most(least(x, hi), lo)
+
+
+def covers(limits: tuple[Any, Any], size: int) -> bool:
+    """Whether a range is all of an axis, known statically."""
+    return all(isinstance(x, int) for x in limits) and tuple(limits) == (0, size)
+
+
+def cut_evenly(limits: tuple[Any, Any], size: int, block: int) -> bool:
+    """Whether a range is, statically, all of an axis that blocks divide."""
+    return covers(limits, size) and size % block == 0
+
+
+def divides(block: int, limits: tuple[Any, Any]) -> bool:
+    """Whether blocks divide a range, known statically."""
+    return isinstance(limits[1], int) and limits[1] % block == 0

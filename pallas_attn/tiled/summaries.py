@@ -1,0 +1,150 @@
+"""Who may see whom, as the kernels read it: lengths, segments, positions, masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from pallas_attn.call import Call
+from pallas_attn.positions import moved
+from pallas_attn.visibility import Visibility
+
+
+# Queries or keys behind one stored extreme or norm.
+GRAIN = 64
+
+i32 = jnp.int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Extremes:
+    """The least and the largest entry of every grain of a vector [#B, #N, length].
+
+    Or of some ranges of it, as numbers.
+    """
+
+    least: Shaped[Array, "#B #N grains"]
+    most: Shaped[Array, "#B #N grains"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sight:
+    """The arrays of a Visibility, and extremes that rule out whole blocks."""
+
+    arrays: Visibility
+    segments: tuple[Extremes, Extremes] | None = None  # of queries, of keys
+    positions: tuple[Extremes, Extremes] | None = None
+
+    @property
+    def veiled(self) -> bool:
+        """Whether any tile may have invisible pairs in places that only arrays tell."""
+        arrays = self.arrays
+        return (
+            arrays.placed
+            or arrays.query_segments is not None
+            or arrays.mask is not None
+        )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Of one batch entry: where query 0 stands, and the ranges that matter.
+
+    Entries are Python ints where they are static. Every query in `queries` may see some
+    key and every key in `keys` is seen by some query, as far as offset, causality,
+    window and lengths tell; what lies outside is never read.
+    """
+
+    offset: Any
+    queries: tuple[Any, Any]
+    keys: tuple[Any, Any]
+    placed: bool = False  # positions are arrays; the offset means nothing
+    seed: tuple[Any, ...] | None = None  # of dropout
+
+
+def sight(call: Call, visibility: Visibility) -> Sight:
+    """What the kernels get of a Visibility."""
+    segments = positions = None
+    if visibility.query_segments is not None:
+        assert visibility.key_segments is not None
+        segments = (
+            extremes(visibility.query_segments[:, None, :]),
+            extremes(visibility.key_segments[:, None, :]),
+        )
+    if visibility.query_positions is not None and (call.causal or call.window):
+        assert visibility.key_positions is not None
+        positions = (
+            extremes(visibility.query_positions),
+            extremes(visibility.key_positions),
+        )
+    return Sight(visibility, segments, positions)
+
+
+def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:
+    """The least and the largest entry of every grain, of integers or floats.
+
+    Infinite where an entry is NaN, which a kernel's own maximum would pass over.
+    """
+    pad = -x.shape[-1] % GRAIN
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    low, high = (-jnp.inf, jnp.inf) if floats else _limits_of(x.dtype)
+
+    def grains(fill: float) -> Array:
+        known = jnp.where(jnp.isnan(x), -fill, x) if floats else x
+        padded = jnp.pad(known, ((0, 0), (0, 0), (0, pad)), constant_values=fill)
+        return padded.reshape(*x.shape[:2], -1, GRAIN)
+
+    return Extremes(grains(high).min(-1), grains(low).max(-1))
+
+
+def _limits_of(dtype: Any) -> tuple[int, int]:
+    return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+
+
+def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
+    """The frame of batch entry b; `load(ref, index)` reads one number."""
+    arrays = sight.arrays
+
+    def length(ref: Any, size: int) -> Any:
+        return size if ref is None else load(ref, (b * i32(ref.shape[0] > 1),))
+
+    queries = length(arrays.query_lengths, call.T)
+    keys = length(arrays.key_lengths, call.S)
+    if arrays.placed:
+        return Frame(0, (0, queries), (0, keys), placed=True)
+    offset = call.offset
+    if arrays.offset is not None:
+        offset = load(arrays.offset, (b * i32(arrays.offset.shape[0] > 1),))
+    assert offset is not None
+    first_query, last_query, first_key, last_key = 0, queries, 0, keys
+    if call.causal:
+        # The last query sees keys up to its own position; all after 0 see key 0.
+        last_key = least(last_key, most(offset + queries, 0))
+        first_query = most(first_query, 0 - offset)
+    if call.window:
+        left, right = call.window
+        first_key = most(first_key, moved(offset, -left))
+        last_key = least(last_key, most(moved(offset + queries, right), 0))
+        first_query = most(first_query, moved(0 - offset, -right))
+        last_query = least(last_query, most(moved(keys - offset, left), 0))
+    return Frame(offset, (first_query, last_query), (first_key, last_key))
+
+
+def least(a: Any, b: Any) -> Any:
+    """The smaller of two integers, static if both are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return jnp.minimum(i32(a), i32(b))
+
+
+def most(a: Any, b: Any) -> Any:
+    """The larger of two integers, static if both are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return jnp.maximum(i32(a), i32(b))

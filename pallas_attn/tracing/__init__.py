@@ -1,0 +1,1 @@
+"""What JAX is told of a function that it traces: names, derivatives, mesh axes."""

@@ -1,0 +1,252 @@
+"""The backward passes: rows, cols and tiles. Each gradient has one owner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_attn.call import Call
+from pallas_attn.tiled.block_ranges import covers
+from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.dropout import rescale
+from pallas_attn.triton.programs import (
+    frame_of,
+    key_tile,
+    queries_of,
+    query_tile,
+    report,
+)
+from pallas_attn.triton.row_weights import RowCotangents
+from pallas_attn.triton.scores import times, weights_and_ds
+from pallas_attn.triton.terms import hold, on_tile, pullback
+from pallas_attn.triton.tile import at_queries, Tile, zeros
+from pallas_attn.triton.visitor import Own, Visitor
+
+
+f32 = jnp.float32
+i32 = jnp.int32
+
+
+def rows_kernel(
+    ops: Operands,
+    cot: RowCotangents,
+    blocks: Visitor,
+    out: dict[str, Any],
+    *,
+    call: Call,
+    plan: Plan,
+) -> None:
+    """For one query block: dq, the query side of products, row-owned fields."""
+    t0 = query_tile(ops.sight, call, plan, "rows")
+    products = ops.added.products
+    q, do = t0.rows(ops.q), t0.rows(cot.do)
+    stats = cot.of_rows(t0)
+    qs, held = [t0.rows(a) for a, _ in products], hold(ops.added, t0, ("", "q"))
+
+    def step(t: Tile, state: Any) -> Any:
+        k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
+        terms = on_tile(ops.added, t, held)
+        _, u, ds, dqk, visible = weights_and_ds(
+            t, (q, k, v, do), (qs, ks), terms, stats
+        )
+
+        def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
+            return x + times(t, ds, t.seen_keys(visible, y), k.dtype)
+
+        return {
+            "dq": add(state["dq"], k, dqk),
+            "da": {x: add(y, ks[x], ds) for x, y in state["da"].items()},
+            "sums": add_sums(state["sums"], t, terms, u, ds),
+        }
+
+    def add_sums(sums: Any, t: Tile, terms: Any, u: jax.Array, ds: jax.Array) -> Any:
+        """Sums over keys: of dS, and per field of its gradient by dS and by U."""
+        if not summed:
+            return sums
+        total, fields = sums
+        back = pullback(terms, plan.row_fields, t)
+        by_ds, by_u = back(ds), back(u)
+        return total + jnp.sum(ds, 1), {
+            f: (x + by_ds[f], y + by_u[f]) for f, (x, y) in fields.items()
+        }
+
+    summed = bool(plan.row_fields) or plan.settled
+    nothing = jnp.zeros((t0.bq,), f32)
+    sums = nothing, dict.fromkeys(plan.row_fields, (nothing, nothing))
+    state = {
+        "dq": zeros(t0.bq, ops.q),
+        "da": {x: zeros(t0.bq, products[x][0]) for x in plan.da},
+        "sums": sums if summed else (),
+    }
+    own = Own(q, qs, stats)
+    state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
+    # In an empty row 0 may have met a query that is not finite.
+    some = stats.attends
+    t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
+    for x, y in state["da"].items():
+        t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
+    if summed:
+        # A row of dS adds up to dlse. What rounding (of o in delta) left beyond that is
+        # a multiple of U in dS, and small beside dS only until a row is summed.
+        total, fields = state["sums"]
+        beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
+        beyond = stats.in_units_of_u(beyond)
+        for f, (x, y) in fields.items():
+            t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
+        if plan.settled:
+            t0.put_stat(out["beyond"], jnp.where(some, beyond, 0.0))
+    report(out["visits"], t0, t0.q0 // i32(t0.bq), visits)
+
+
+def cols_kernel(
+    ops: Operands,
+    cot: RowCotangents,
+    blocks: Visitor,
+    out: dict[str, Any],
+    *,
+    call: Call,
+    plan: Plan,
+) -> None:
+    """For one key block of one key head: dk and dv.
+
+    Per query head also the key side of products and the fields per key; and dS itself,
+    if the plan stores it.
+    """
+    x0 = key_tile(ops.sight, call, plan, "cols")
+    first, bq, bk = x0.h, x0.bq, x0.bk
+    products = ops.added.products
+    k, v = x0.keys(ops.k), x0.keys(ops.v)
+    ragged = not covers(x0.frame.keys, call.S)
+
+    def transposed(x: jax.Array) -> jax.Array:
+        return x if plan.flip else x.T
+
+    def of_head(h: Any, state: Any) -> Any:
+        t0 = replace(x0, h=h)
+        ks, held = [t0.keys(y) for _, y in products], hold(ops.added, t0, ("", "k"))
+
+        def step(t: Tile, state: Any) -> Any:
+            q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
+            terms = on_tile(ops.added, t, held)
+            p, _, ds, dqk, visible = weights_and_ds(
+                t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
+            )
+            low = ds.astype(q.dtype)
+            grads = pullback(terms, plan.col_fields, t)(ds)
+            if plan.store:
+                kept = low if out["ds"].dtype == low.dtype else ds
+                if ragged:
+                    kept = transposed(t.keep_keys(transposed(kept)))
+                t.put_pair(out["ds"], kept)
+
+            def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
+                y = t.seen_queries(visible, y)
+                return x + times(t, transposed(ds), y, q.dtype)
+
+            new = {"dk": add(state["dk"], q, dqk)} if plan.dk else {}
+            do = t.seen_queries(visible, do)
+            return new | {
+                "dv": state["dv"] + t.dot(transposed(p.astype(do.dtype)), do),
+                "db": {x: add(y, qs[x], ds) for x, y in state["db"].items()},
+                "fields": {
+                    f: y + t.seen_keys(visible, grads[f])
+                    for f, y in state["fields"].items()
+                },
+            }
+
+        def clear(i: Any, _: None) -> None:
+            zero = jnp.zeros((bq, bk), f32)
+            at_queries(t0, i, 0, edge=True).put_pair(out["ds"], zero)
+
+        state = state | {
+            "db": {x: zeros(bk, products[x][1]) for x in plan.db},
+            "fields": {f: jnp.zeros((bk,), f32) for f in plan.col_fields},
+        }
+        state, visits = blocks.over_queries(t0, ops, held, plan, step, state)
+        if plan.store:  # no query of these blocks sees these keys
+            span = queries_of(t0, plan.two).span
+            for lo, hi in ((0, span[0]), (span[1], pl.cdiv(call.T, bq))):
+                if not (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
+                    lax.fori_loop(i32(lo), i32(hi), clear, None)
+        for x, y in state.pop("db").items():
+            t0.put_keys(out["db"][x], t0.keep_keys(y * call.scale))
+        for f, y in state.pop("fields").items():
+            t0.put_key_stat(out["fields"][f], t0.keep_keys(y))
+        report(out["visits"], t0, t0.k0 // i32(bk), visits)
+        return state
+
+    state = {"dv": zeros(bk, ops.v)} | ({"dk": zeros(bk, ops.k)} if plan.dk else {})
+    if call.G == 1:
+        state = of_head(first, state)
+    else:
+        state = lax.fori_loop(first, first + call.G, of_head, state)
+    dv = state["dv"] * rescale(call) if call.dropout else state["dv"]
+    x0.put_keys(out["dv"], x0.keep_keys(dv))
+    if plan.dk:
+        x0.put_keys(out["dk"], x0.keep_keys(state["dk"] * call.scale))
+
+
+def tiles_kernel(
+    ops: Operands,
+    cot: RowCotangents,
+    blocks: Visitor,
+    out: Any,
+    *,
+    call: Call,
+    plan: Plan,
+    field: Field,
+    runs: int,
+) -> None:
+    """One tile of the gradient of a pair field, over one run of what shares it.
+
+    It is summed in registers over the batch entries and heads that share the field;
+    where tiles are few, `runs` programs share them, and their sums are added later.
+    """
+    block = block_of(call, plan, "tiles")
+    bq, bk = block.block_q, block.block_k
+    array = field.of(ops.added.terms)
+    own_b, own_h = array.shape[:2]
+    share = (call.B if own_b == 1 else 1) * (call.N if own_h == 1 else 1)
+    j, i, g = (pl.program_id(axis) for axis in range(3))
+    run, g = g % runs, g // runs
+    b0, h0 = g // own_h, g % own_h
+    each = pl.cdiv(share, runs)
+    lo, hi = run * each, jnp.minimum(run * each + each, share)
+
+    def at(b: Any, h: Any) -> Tile:
+        where = frame_of(call, ops.sight, b)
+        return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk)
+
+    t0 = at(b0, h0)
+    held = {field: t0.field(field.home, array)}
+
+    def add(t: Tile, acc: jax.Array) -> jax.Array:
+        terms = on_tile(ops.added, t, held)
+        products = ops.added.products
+        _, _, ds, _, visible = weights_and_ds(
+            t,
+            (t.rows(ops.q), t.keys(ops.k), t.keys(ops.v), t.rows(cot.do)),
+            ([t.rows(a) for a, _ in products], [t.keys(x) for _, x in products]),
+            terms,
+            cot.of_rows(t),
+        )
+        grad = pullback(terms, (field,), t)(ds)[field]
+        return acc + (grad if visible is None else jnp.where(visible, grad, 0.0))
+
+    def body(y: Any, acc: jax.Array) -> jax.Array:
+        b = b0 if own_b > 1 else (y if own_h > 1 else y // call.N)
+        h = h0 if own_h > 1 else y % call.N
+        return blocks.on_tile(at(b, h), add, acc)
+
+    if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
+        hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)
+    acc = lax.fori_loop(i32(lo), i32(hi), body, jnp.zeros((bq, bk), f32))
+    t0.put_pair(out, acc, run * own_b + b0, h0)

@@ -1,0 +1,206 @@
+"""Co-ALiBi attention by tiled passes behind one custom_vjp."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.call import Call
+from pallas_attn.normalizers.softmax import LN2
+from pallas_attn.problem import Problem
+from pallas_attn.tiled.autodiff import share
+from pallas_attn.tiled.summaries import GRAIN, sight
+from pallas_attn.tracing.names import named
+from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
+from pallas_attn.triton.co_alibi.forward import forward_kernel
+from pallas_attn.triton.co_alibi.operands import Operands, Residuals, Saved
+from pallas_attn.triton.co_alibi.plan import grid_of, Plan, plan
+from pallas_attn.triton.co_alibi.scan import triangles
+from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.passes import PRE_PASS
+from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+
+
+f32 = jnp.float32
+i32 = jnp.int32
+
+
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and log-sum-exp; differentiable once, in reverse mode."""
+    o, lse = _attend(_operands(problem), problem.call)
+    return o, jnp.swapaxes(lse, 1, 2)
+
+
+def _operands(problem: Problem) -> Operands:
+    assert isinstance(problem.bias, CoALiBi)
+    seen = sight(problem.call, problem.visibility)
+    slopes = problem.bias.slopes
+    return Operands(problem.query, problem.key, problem.value, slopes, seen)
+
+
+def visited_blocks(
+    problem: Problem,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
+    """The share of visible blocks that forward, rows and cols visit."""
+    ops, call = _operands(problem), problem.call
+    _, res = _forward(ops, call, graded=True)
+    out = _passes(res, jnp.zeros_like(res.o), None, call)
+
+    return share(res.visits), share(out["rows"]["visits"]), share(out["cols"]["visits"])
+
+
+def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
+    return _forward(ops, call, graded=False)[0]
+
+
+def _attend_fwd(ops: Any, call: Call) -> Any:
+    values = jax.tree.map(lambda x: x.value, ops)
+    return _forward(values, call, graded=True)
+
+
+def _attend_bwd(call: Call, res: Residuals, cotangents: Any) -> Any:
+    do, dlse = cotangents
+    if isinstance(do, SymbolicZero):
+        do = jnp.zeros_like(res.o)
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    out = _passes(res, do, dlse, call)
+    slopes = res.ops.slopes
+    dm = out["rows"]["dm"].sum(2)
+    shared = [a for a in (0, 1) if slopes.shape[a] == 1 < dm.shape[a]]
+    dm = dm.sum(shared, keepdims=True).astype(slopes.dtype)
+    return (
+        Operands(
+            out["rows"]["dq"],
+            out["cols"]["dk"],
+            out["cols"]["dv"],
+            dm,
+            jax.tree.map(lambda _: None, res.ops.sight),
+        ),
+    )
+
+
+_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def _forward(
+    ops: Operands, call: Call, graded: bool
+) -> tuple[tuple[Array, Array], Residuals]:
+    """((output, lse), residuals); graded: a backward pass follows."""
+    p = plan(call)
+    shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
+    inputs = (ops.k, ops.v, [], ops.sight)
+    norms = jax.ShapeDtypeStruct(shape, f32)
+    norms = launch(norms_kernel, shape, inputs, norms, call, PRE_PASS)
+    grid = grid_of(call, "forward", p)
+    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    per_block = (call.B, call.N, grid.blocks)
+    outputs = {
+        "o": jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype),
+        "lse": rows,
+        "base": rows,
+        "gates": rows,
+        "gates_low": rows,
+        "first": jax.ShapeDtypeStruct(per_block, i32),
+        "visits": jax.ShapeDtypeStruct((*per_block, 2), i32),
+    }
+    ones = triangles(call, p.block_k, flip=False)
+    inputs = (ops, norms, ones)
+    out = launch(
+        forward_kernel,
+        grid.shape,
+        inputs,
+        outputs,
+        call,
+        p.forward,
+        plan=p,
+        graded=graded,
+    )
+    out = named(out)
+    lse = out["lse"]
+    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    return (out["o"], natural), Residuals(ops, **out)
+
+
+def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
+    """What rows and cols make of everything, {"rows": ..., "cols": ...}.
+
+    Head after head where the carries of all would pass the budget: every group stores
+    its part into the whole arrays.
+    """
+    ops, p = res.ops, plan(call)
+    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
+    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    delta, _ = launch(
+        delta_kernel,
+        grid,
+        (res.o, do, res.lse, dlse, ops.sight),
+        (rows, jax.ShapeDtypeStruct(grid, f32)),
+        call,
+        PRE_PASS,
+    )
+    saved = Saved(do, res.base, res.gates, res.gates_low, delta, dlse, res.first)
+    outputs = {
+        "rows": {"dq": like(ops.q), "dm": rows, "visits": _visits(call, "rows", p)},
+        "cols": {
+            "dk": like(ops.k),
+            "dv": like(ops.v),
+            "visits": _visits(call, "cols", p),
+        },
+    }
+    if (p.batch, p.heads) == (call.B, call.K):
+        return _group(ops, saved, outputs, None, call, p)
+
+    def group(n: Array, into: Any) -> Any:
+        entry, head = n // (call.K // p.heads), n % (call.K // p.heads)
+        start = jnp.stack([entry * p.batch, head * p.heads]).astype(i32)
+        return _group(ops, replace(saved, start=start), outputs, into, call, p)
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    count = (call.B // p.batch) * (call.K // p.heads)
+    return lax.fori_loop(i32(0), i32(count), group, blank)
+
+
+def _group(
+    ops: Operands, saved: Saved, outputs: Any, into: Any, call: Call, p: Plan
+) -> Any:
+    """Rows and cols of a group of heads; the carries between them live no longer."""
+    blocks = pl.cdiv(call.S, p.block_k)
+    shape = (p.batch, p.heads * call.G, blocks, call.T, 2)
+    carry = jax.ShapeDtypeStruct(shape, f32)
+    ones = triangles(call, p.block_k, flip=False)
+    rows, carry = launch(
+        rows_kernel,
+        grid_of(call, "rows", p).shape,
+        (ops, saved, ones),
+        (outputs["rows"], carry),
+        call,
+        p.rows,
+        into=None if into is None else into["rows"],
+        plan=p,
+    )
+    ones = triangles(call, p.block_k, flip=True)
+    cols = launch(
+        cols_kernel,
+        grid_of(call, "cols", p).shape,
+        (ops, saved, carry, ones),
+        outputs["cols"],
+        call,
+        p.cols,
+        into=None if into is None else into["cols"],
+        plan=p,
+    )
+    return {"rows": rows, "cols": cols}
+
+
+def _visits(call: Call, kernel: str, p: Plan) -> jax.ShapeDtypeStruct:
+    blocks = grid_of(call, kernel, p).blocks
+    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), i32)

@@ -1,0 +1,70 @@
+"""Thin backward passes: one product with a stored dS."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_attn.call import Call
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton import schedule
+from pallas_attn.triton.programs import key_tile, keys_of, queries_of, query_tile
+from pallas_attn.triton.tile import at_keys, at_queries, Tile, zeros
+
+
+i32 = jnp.int32
+
+
+def thin_rows_kernel(
+    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+) -> None:
+    """Scale dS Y of one query block, from a stored dS and an array per key."""
+    t0 = query_tile(sight, call, plan, "thin_rows")
+    w = keys_of(t0, two=False)
+
+    def step(t: Tile, acc: jax.Array) -> jax.Array:
+        y = t.seen_keys(_veil(t), t.keys(y_ref))
+        return acc + t.dot(t.pair(ds_ref).astype(y.dtype), y)
+
+    acc = _thin_loop(w, t0, at_keys, step, zeros(t0.bq, y_ref))
+    t0.put_rows(out, acc * call.scale)
+
+
+def thin_cols_kernel(
+    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+) -> None:
+    """Scale dS^T Y of one key block, summed over the query heads of its key head."""
+    t0 = key_tile(sight, call, plan, "thin_cols")
+    w, first = queries_of(t0, two=False), t0.h
+
+    def of_head(h: Any, acc: jax.Array) -> jax.Array:
+        def step(t: Tile, acc: jax.Array) -> jax.Array:
+            y = t.seen_queries(_veil(t), t.rows(y_ref))
+            return acc + t.dot(t.pair(ds_ref).astype(y.dtype).T, y)
+
+        return _thin_loop(w, replace(t0, h=h), at_queries, step, acc)
+
+    acc = zeros(t0.bk, y_ref)
+    if call.G == 1:
+        acc = of_head(first, acc)
+    else:
+        acc = lax.fori_loop(first, first + call.G, of_head, acc)
+    t0.put_keys(out, acc * call.scale)
+
+
+def _thin_loop(
+    w: schedule.Walk, t0: Tile, place: Any, step: Any, acc: jax.Array
+) -> Any:
+    acc = w.near_loop(lambda n, side, acc: step(place(t0, n, side, True), acc), acc)
+    return schedule.all_far(w.sides).loop(
+        lambda n, side, acc: step(place(t0, n, side, t0.sight.veiled), acc), acc
+    )
+
+
+def _veil(t: Tile) -> jax.Array | None:
+    """Which pairs are visible, where 0 may meet what is not finite."""
+    return t.visible if t.sight.veiled else None

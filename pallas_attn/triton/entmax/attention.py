@@ -1,0 +1,145 @@
+"""Entmax attention behind one custom_vjp, and how sparse it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from pallas_attn.bias.base import Added, Bias, homes, parts_on, Region
+from pallas_attn.bias.dense import DenseBias
+from pallas_attn.problem import Problem
+from pallas_attn.tiled.autodiff import share, wanted_of
+from pallas_attn.tiled.operands import Operands, Wanted
+from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.operands import Residuals
+from pallas_attn.triton.entmax.route import (
+    backward,
+    forward,
+    prepared,
+    residual_by_score,
+)
+from pallas_attn.triton.entmax.sparsity import census
+from pallas_attn.visibility import positions
+
+
+f32 = jnp.float32
+
+# Of a score near -1e30, where keys lose their weight, a float32 does not hold so much.
+UNSEEN = 1e22
+
+
+def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and threshold; differentiable once, in reverse mode."""
+    problem, shift = without_shift(problem)
+    ops, alpha, call = prepared(problem)
+    o, tau = _attend((ops, alpha), call)
+    if shift is not None:
+        by_shift = residual_by_score(alpha, call)
+        tau = jnp.where(jnp.isinf(tau), tau, tau + by_shift * shift)
+    return o, jnp.swapaxes(tau, 1, 2)
+
+
+def without_shift(
+    problem: Problem,
+) -> tuple[Problem, Float[Array, "#B #N #T"] | None]:
+    """A problem without what its bias gives all keys of a query alike, and that.
+
+    Weights do not see it, and a threshold beside -1e9 has no digits left for scores.
+    What takes a row away, or is no number, stays. In a user's term it meets its
+    negative: these are added up first.
+    """
+    added = problem.bias
+    assert isinstance(added, Added)
+    met, others, shifts = [], [], []
+    for term in added.terms:
+        if isinstance(term, DenseBias):
+            if term.bias.shape[3] == 1:
+                unseen = jnp.abs(term.bias) < UNSEEN
+                shifts.append(jnp.where(unseen, term.bias, 0)[..., 0].astype(f32))
+                kept = jnp.where(unseen, 0, lax.stop_gradient(term.bias))
+                term = replace(term, bias=kept)
+        elif term.steep and not term.running:
+            x = _of_rows(term, problem)
+            if x is not None:
+                x = jnp.where(jnp.abs(x) < UNSEEN, x, 0)
+                shifts.append(x[..., 0])
+                met += [DenseBias(-x), term]
+                continue
+        others.append(term)
+    shift = sum(shifts[1:], shifts[0]) if shifts else None
+    added = Added((*met, *others), added.products)
+    return replace(problem, bias=added), shift
+
+
+def _of_rows(term: Bias, problem: Problem) -> Float[Array, "#B #N #T 1"] | None:
+    """The sum of a term's parts that do not depend on the key, looked at on one key."""
+    queries, keys = positions(problem.call, problem.visibility)
+    of_keys = {"key": (slice(None), slice(1)), "pair": (..., slice(1))}
+    fields = {
+        name: getattr(term, name)[of_keys[home]]
+        for name, home in homes(term).items()
+        if home in of_keys
+    }
+    on = lambda keys: Region(queries[..., :, None], keys[..., None, :])
+    whole = jax.eval_shape(lambda: parts_on(term, on(keys)))
+    alike = [jnp.ndim(part) < 4 or part.shape[3] == 1 for part in whole]
+    if not any(alike):
+        return None
+    parts = parts_on(replace(term, **fields), on(keys[..., :1]))
+    rows = [part for part, is_row in zip(parts, alike, strict=True) if is_row]
+    return lax.stop_gradient(sum(rows, jnp.zeros((1, 1, 1, 1), f32)))
+
+
+def sparsity_shares(
+    problem: Problem,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """The shares of visible pairs whose weight is 0, and of blocks without any."""
+    problem, _ = without_shift(problem)
+    ops, alpha, call = prepared(problem)
+    _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
+    found = census(res, call)
+    return 1 - found.weighty, 1 - found.active
+
+
+def visited_blocks(
+    problem: Problem,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
+    """The share of visible blocks that the output, rows and cols visit."""
+    problem, _ = without_shift(problem)
+    ops, alpha, call = prepared(problem)
+    _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
+    active = census(res, call).active
+    if res.dense is None:
+        return active, active, active
+    return share(res.dense.visits), active, active
+
+
+def _values(operands: tuple[Operands, Any], call: SparseCall) -> tuple[Array, Array]:
+    return forward(*operands, call, Wanted(), wants_alpha=False)[0]
+
+
+def _attend_fwd(operands: Any, call: SparseCall) -> Any:
+    (ops, alpha), asked = (
+        jax.tree.map(lambda x, i=i: (x.value, x.perturbed)[i], operands)
+        for i in range(2)
+    )
+    wants_alpha = call.alpha is None and bool(asked[1])
+    return forward(ops, alpha, call, wanted_of(ops, asked[0]), wants_alpha=wants_alpha)
+
+
+def _attend_bwd(call: SparseCall, residuals: Residuals, cotangents: Any) -> Any:
+    do, dtau = cotangents
+    if isinstance(do, SymbolicZero):
+        do = jnp.zeros((call.B, call.T, call.N, call.h), residuals.ops.q.dtype)
+    dtau = None if isinstance(dtau, SymbolicZero) else dtau
+    return (backward(residuals, do, dtau, call),)
+
+
+_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

@@ -1,0 +1,1 @@
+"""Entmax through lists of keys: top-k, and short supports."""

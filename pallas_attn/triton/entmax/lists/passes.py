@@ -1,0 +1,386 @@
+"""Entmax through lists of keys, whole arrays in and out: top-k, and short supports.
+
+candidates (a bound for each row, and the keys above it) -> their scores -> the largest
+k, their threshold and weights -> passes over the lists, whose work is that of k keys a
+row. What keys own comes by one sort of all entries by key block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_attn.config import Block
+from pallas_attn.tiled.fields import fields
+from pallas_attn.tiled.operands import Operands, Wanted
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.tiled.split_factors import columns_of
+from pallas_attn.tiled.summaries import Sight
+from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.lists.blocks import (
+    capacity,
+    cols_block,
+    gather_block,
+    keys_of_word,
+    select_block,
+    sweep_block,
+)
+from pallas_attn.triton.entmax.lists.candidates import (
+    list_candidates_kernel,
+    list_overflow_kernel,
+)
+from pallas_attn.triton.entmax.lists.kernels import (
+    list_cols_kernel,
+    list_delta_kernel,
+    list_output_kernel,
+    list_rows_kernel,
+)
+from pallas_attn.triton.entmax.lists.pairs import row_grid, width_of
+from pallas_attn.triton.entmax.lists.select import (
+    list_scores_kernel,
+    list_select_kernel,
+)
+from pallas_attn.triton.entmax.power import fuses
+from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.passes import grains
+
+
+f32 = jnp.float32
+i32 = jnp.int32
+
+# Keys that a row of plain entmax may have in a list, and that rows have on average.
+SHORT, MEAN = 128, 40
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lists:
+    """The keys with weight of every query, in key order; the first `count` count.
+
+    keys: the key indices; p, u: their weights, p^(2 - alpha).
+    m: the largest score in units of q.k, inf for empty rows; level: as `Power` or
+        `Learned` has it.
+    fits: whether every row's keys found place; always, where there is a top_k.
+    """
+
+    keys: Int[Array, "B N T k"]
+    p: Float[Array, "B N T k"]
+    u: Float[Array, "B N T k"]
+    count: Int[Array, "B N T"]
+    m: Float[Array, "B N T"]
+    level: Float[Array, "B N T"]
+    fits: Bool[Array, ""] | None
+
+
+def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lists:
+    """The largest top_k scores of each row, or all with weight if there is no top_k."""
+    length = SHORT if call.top_k is None else capacity(call.top_k)
+    if call.B * call.N * call.T * length >= 2**31:
+        raise NotImplementedError(
+            f"`normalizer.top_k`: lists of {length} candidates for each of B N T = "
+            f"{call.B * call.N * call.T} rows pass 2^31 numbers; split the batch."
+        )
+    words = candidates(ops, alpha, length, call, p)
+    scores = _run(
+        list_scores_kernel,
+        (ops, {name: words[name] for name in ("words", "numbers", "count")}),
+        {
+            "x": _per_row(call, f32, length),
+            "keys": _per_row(call, i32, length),
+            "count": _per_row(call, i32),
+            "row": _per_row(call, f32),
+        },
+        call,
+        gather_block(_widest(ops)),
+        word=keys_of_word(sweep_block(call, p).block_k),
+    )
+    width = length if call.top_k is None else call.top_k
+    out = _run(
+        list_select_kernel,
+        (scores, words["level"], alpha, ops.sight),
+        {
+            "keys": _per_row(call, i32, width),
+            "p": _per_row(call, f32, width),
+            "u": _per_row(call, f32, width),
+            "count": _per_row(call, i32),
+            "m": _per_row(call, f32),
+            "level": _per_row(call, f32),
+        },
+        call,
+        select_block(length),
+        fused=fuses(call, ops),
+    )
+    fits = jnp.array(True)
+    if call.top_k is None:
+        room = MEAN * call.B * call.N * call.T
+        fits = jnp.all(words["keys"] <= length) & (out["count"].sum(dtype=i32) <= room)
+    return Lists(**out, fits=fits)
+
+
+def candidates(
+    ops: Operands, alpha: Array | None, length: int, call: SparseCall, p: Plan
+) -> dict[str, Array]:
+    """At most `length` candidates of each row, as words of bits."""
+    if call.alpha == 1.0:  # nothing is without weight: no bound rules a block out
+        p = replace(p, pruned=False)
+    block = sweep_block(call, p)
+    words = length * (block.block_k // keys_of_word(block.block_k))
+    lists = {
+        "words": _per_row(call, i32, words),
+        "numbers": _per_row(call, i32, words),
+        "count": _per_row(call, i32),
+    }
+    rows = {
+        "m": _per_row(call, f32),
+        "level": _per_row(call, f32),
+        "bound": _per_row(call, f32),
+        "keys": _per_row(call, i32),
+    }
+    inputs = (ops, alpha, grains(ops, call, p))
+    out = _run(list_candidates_kernel, inputs, lists | rows, call, block, plan=p)
+    if call.top_k is None:
+        return out
+    stats = {name: out[name] for name in ("m", "bound", "keys")}
+    into = {name: out[name] for name in lists}
+    redone = _run(
+        list_overflow_kernel, (ops, stats), lists, call, block, into=into, plan=p
+    )
+    return redone | {name: out[name] for name in ("keys", "level")}
+
+
+def output(
+    lists: Lists, v: Float[Array, "B S K h"], sight: Sight, call: SparseCall
+) -> Float[Array, "B T N h"]:
+    """The output, in the dtype of the values."""
+    shape = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), v.dtype)
+    block = gather_block(width_of(v))
+    return _run(list_output_kernel, (_refs(lists), v, sight), shape, call, block)
+
+
+def backward(
+    ops: Operands,
+    alpha: Array | None,
+    lists: Lists,
+    do: Float[Array, "B T N h"],
+    dtau: Float[Array, "B N T"] | None,
+    wanted: Wanted,
+    call: SparseCall,
+    p: Plan,
+    *,
+    wants_alpha: bool = False,
+) -> dict[str, Any]:
+    """What `passes.rows`, `passes.cols` and `passes.tiles` make over tiles, by lists.
+
+    Args:
+        ops: The operands, products as columns.
+        alpha: Where `call.alpha` is None.
+        lists: Of the forward pass.
+        do: The output's cotangent.
+        dtau: The residual's.
+        wanted: Which gradients somebody asked for.
+        call: The static facts.
+        p: Says who owns the gradients; it may not store dS.
+        wants_alpha: Whether alpha's is asked for.
+
+    Returns:
+        "rows": dq, da, fields; "cols": dk, dv, db, fields; "pairs": the gradients of
+        `p.tile_fields`; "delta" and "alpha" (dL/dalpha of each row), [B, N, T].
+    """
+    arrays = fields(ops.added)
+    stats = _delta(ops, alpha, lists, do, dtau, call, wants_alpha)
+    result: dict[str, Any] = {"rows": {}, "cols": {}, "pairs": {}}
+    result |= {name: stats[name] for name in ("delta", "alpha") if name in stats}
+    scores = bool(wanted.q or wanted.k or p.da or p.db or p.row_fields)
+    scores = scores or bool(p.col_fields or p.tile_fields)
+    entries: dict[str, Array] = {"keys": lists.keys, "p": lists.p}
+    if scores:
+        made = _rows(ops, lists, stats, wanted, call, p)
+        result["rows"] = {x: made[x] for x in ("dq", "da", "fields") if x in made}
+        entries |= {name: made[name] for name in ("ds", "dqk") if name in made}
+        result["pairs"] = {
+            f: _spread(made["pairs"].get(f, made["ds"]), lists, arrays[f], call)
+            for f in p.tile_fields
+        }
+    if wanted.k or wanted.v or p.db or p.col_fields:
+        result["cols"] = _cols(ops, lists, entries, do, wanted, call, p)
+    return result
+
+
+def _delta(
+    ops: Operands,
+    alpha: Array | None,
+    lists: Lists,
+    do: Array,
+    dtau: Array | None,
+    call: SparseCall,
+    wants_alpha: bool,
+) -> dict[str, Array]:
+    outputs = {"dp": like(lists.p), "delta": _per_row(call, f32)}
+    if wants_alpha:
+        outputs["alpha"] = _per_row(call, f32)
+    inputs = (_refs(lists), ops.v, do, dtau, alpha, ops.sight)
+    return _run(list_delta_kernel, inputs, outputs, call, gather_block(width_of(ops.v)))
+
+
+def _rows(
+    ops: Operands,
+    lists: Lists,
+    stats: dict[str, Array],
+    wanted: Wanted,
+    call: SparseCall,
+    p: Plan,
+) -> dict[str, Any]:
+    products = ops.added.products
+    outputs: dict[str, Any] = {
+        "ds": like(lists.p),
+        "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
+        "fields": dict.fromkeys(p.row_fields, _per_row(call, f32)),
+        "pairs": {f: like(lists.p) for f in p.tile_fields if not f.additive},
+    }
+    if wanted.q:
+        outputs["dq"] = like(ops.q)
+    if wanted.k and call.soft_cap is not None:
+        outputs["dqk"] = like(lists.p)
+    inputs = (ops, _refs(lists), {x: stats[x] for x in ("dp", "delta")})
+    block = gather_block(_widest(ops))
+    return _run(list_rows_kernel, inputs, outputs, call, block, plan=p)
+
+
+def _cols(
+    ops: Operands,
+    lists: Lists,
+    entries: dict[str, Array],
+    do: Array,
+    wanted: Wanted,
+    call: SparseCall,
+    p: Plan,
+) -> dict[str, Any]:
+    products = ops.added.products
+    exact = call.precision == lax.Precision.HIGHEST
+    block = cols_block(call, _widest(ops), exact)
+    order, starts = by_key_block(lists, block.block_k, call)
+    per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
+    outputs: dict[str, Any] = {
+        "db": {x: columns_of(products[x][1], call.S, call) for x in p.db},
+        "fields": dict.fromkeys(p.col_fields, per_key),
+    }
+    if wanted.k:
+        outputs["dk"] = like(ops.k)
+    if wanted.v:
+        outputs["dv"] = like(ops.v)
+    flat = {name: x.reshape(-1) for name, x in entries.items()}
+    return launch(
+        list_cols_kernel,
+        (pl.cdiv(call.S, block.block_k), call.K, call.B),
+        (ops, do, flat, order, starts),
+        outputs,
+        call,
+        block,
+        plan=p,
+        cut=block,
+        width=lists.keys.shape[-1],
+    )
+
+
+def by_key_block(
+    lists: Lists, block_k: int, call: SparseCall
+) -> tuple[Int[Array, " entries"], Int[Array, " runs"]]:
+    """The entries sorted by batch entry, key head, key block and query head.
+
+    The second value is where the run of each of these starts, and the end of the last.
+    """
+    blocks = pl.cdiv(call.S, block_k)
+    runs = call.B * call.N * blocks
+    place, exists = _entries(lists, call)
+    row = place // lists.keys.shape[-1]
+    head = row // call.T % call.N
+    first = (row // (call.T * call.N) * call.K + head // call.G) * blocks
+    key = lists.keys.reshape(-1).at[place].get(mode="promise_in_bounds")
+    run = jnp.where(exists, (first + key // block_k) * call.G + head % call.G, runs)
+    run, order = lax.sort((run, place), num_keys=1, is_stable=True)
+    every = jnp.arange(runs + 1, dtype=i32)
+    return order, jnp.searchsorted(run, every, method="scan_unrolled").astype(i32)
+
+
+def _entries(lists: Lists, call: SparseCall) -> tuple[Array, Array]:
+    """Places in the flat lists that hold every entry, and which of them exist.
+
+    Lists of plain entmax are mostly room: their entries are counted off.
+    """
+    width = lists.keys.shape[-1]
+    rows = call.B * call.N * call.T
+    if call.top_k is not None:
+        place = lax.iota(i32, rows * width)
+        return place, place % width < jnp.repeat(lists.count.reshape(-1), width)
+    count = lists.count.reshape(-1)
+    end = jnp.cumsum(count, dtype=i32)
+    place = lax.iota(i32, MEAN * rows)
+    row = jnp.repeat(lax.iota(i32, rows), count, total_repeat_length=MEAN * rows)
+    entry = place - (end - count)[row]
+    return row * width + jnp.minimum(entry, width - 1), place < end[-1]
+
+
+def _spread(g: Array, lists: Lists, x: Array, call: SparseCall) -> Array:
+    """The entries' gradients of a field [#B, #N, T, S] in their places.
+
+    What shares the field is added to it one after the other: each scatter meets every
+    place once, and no larger array is made.
+    """
+    own_b, own_h = x.shape[:2]
+    shared = (call.B // own_b) * (call.N // own_h)
+    total = jnp.zeros(x.shape, x.dtype if shared == 1 else f32)
+    place = [
+        jnp.arange(n, dtype=i32).reshape((-1,) + (1,) * (3 - axis))
+        for axis, n in enumerate((own_b, own_h, call.T))
+    ]
+
+    def add(n: Array, total: Array) -> Array:
+        b = i32(0) if own_b > 1 else n // (call.N // own_h)
+        h = i32(0) if own_h > 1 else n % (call.N // own_h)
+        keys, some, count = (
+            lax.dynamic_slice_in_dim(
+                lax.dynamic_slice_in_dim(y, b, own_b, 0), h, own_h, 1
+            )
+            for y in (lists.keys, g, lists.count)
+        )
+        entry = lax.broadcasted_iota(i32, keys.shape, 3)
+        # An entry that is none has a place of its own too, past the end.
+        keys = jnp.where(entry < count[..., None], keys, call.S + entry)
+        at = total.at[(*place, keys)]
+        return at.add(some.astype(total.dtype), mode="drop", unique_indices=True)
+
+    if shared == 1:
+        return add(i32(0), total)
+    return lax.fori_loop(i32(0), i32(shared), add, total).astype(x.dtype)
+
+
+def _refs(lists: Lists) -> Lists:
+    """Without what no kernel reads."""
+    return replace(lists, fits=None)
+
+
+def _widest(ops: Operands) -> int:
+    arrays = [ops.k, ops.v, *(b for _, b in ops.added.products)]
+    return max(width_of(x) for x in arrays)
+
+
+def _per_row(call: SparseCall, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, call.T, *more), dtype)
+
+
+def _run(
+    kernel: Any,
+    inputs: Any,
+    outputs: Any,
+    call: SparseCall,
+    block: Block,
+    **options: Any,
+) -> Any:
+    grid = row_grid(call, block).shape
+    return launch(kernel, grid, inputs, outputs, call, block, cut=block, **options)

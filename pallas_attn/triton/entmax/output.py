@@ -1,0 +1,124 @@
+"""The second pass: the output, which takes the last step of the threshold along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_attn.normalizers.entmax import left_by, steps, TINY
+from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.power import fuses, power_of
+from pallas_attn.triton.entmax.support import mark, Support
+from pallas_attn.triton.entmax.sweep import sweep_of
+from pallas_attn.triton.programs import query_tile, report
+from pallas_attn.triton.ptx import uniform
+from pallas_attn.triton.tile import store_row, Tile, zeros
+
+
+f32 = jnp.float32
+i32 = jnp.int32
+
+# What the last step may change sum u by, where float32 shall have its digits: so many
+# times what it may leave of sum p = 1.
+SLOPE = 1024
+
+# More sweeps than any row has needed.
+MOST_SWEEPS = 20
+
+
+def output_kernel(
+    ops: Operands,
+    alpha: Any,
+    found: dict[str, Any],
+    out: dict[str, Any],
+    *,
+    call: SparseCall,
+    plan: Plan,
+    words: int,
+    tolerance: float,
+) -> None:
+    """Output, the mean of the values by u, sum u and the level of each row; the bits.
+
+    One sweep gives sum p, sum u, sum p v and sum u v at a threshold that is nearly
+    right, and below the true one: a block without weight there has none. The step that
+    is left is taken on the output itself,
+        o(L + step) = sum p v - (sum p - 1) / sum u * sum u v + O(step^2),
+    whose weights add up to 1. Where that last part, F'' step^2 / 2, is above the
+    tolerance, the step is taken and the sweep done again; and where sum u would move
+    by much, F'' step / F' of it, if all digits of float32 are wanted.
+
+    words: of the bits of a query block, to be marked here; 0 if the first pass did.
+    """
+    t0 = query_tile(ops.sight, call, plan, "forward")
+    power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
+    sweep, v_ref = sweep_of(t0, ops, plan), ops.v
+    m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
+    exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
+
+    def add(level: jax.Array, t: Tile, state: Any) -> Any:
+        p_sum, u_sum, p_v, u_v, bits = state
+        x, row, visible = sweep.scores(t)
+        p, u = power.weights(x, (m - row)[:, None], level[:, None], call.scale)
+        v, more = t.seen_keys(visible, t.keys(v_ref)), jnp.sum(u, 1)
+        drop = drop_on(t)
+        kept_p, kept_u = (p, u) if drop is None else (drop(p), drop(u))
+        return (
+            p_sum + jnp.sum(p, 1),
+            u_sum + more,
+            p_v + t.dot(kept_p.astype(v.dtype), v),
+            u_v + t.dot(kept_u.astype(v.dtype), v),
+            mark(bits, t.k0 // i32(t.bk), more) if words else bits,
+        )
+
+    nothing, empty = jnp.zeros((t0.bq,), f32), zeros(t0.bq, ops.v)
+    bits = jnp.zeros((max(2, words),), i32)
+    blank = (nothing, nothing, empty, empty, bits)
+
+    def over_blocks(level: jax.Array) -> Any:
+        step = lambda t, s: add(level, t, s)
+        if words:
+            return sweep.far_loop(step, sweep.near_loop(step, blank)), sweep.visits
+        marked = Support(found["bits"])
+        return marked.over_keys(t0, ops, sweep.held, None, plan, step, blank)
+
+    def remaining(p: jax.Array, u: jax.Array) -> jax.Array:
+        left = left_by(power, p, u, r)
+        if not exact:
+            return left
+        # o2 and sum u are of the threshold before the step
+        return jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
+
+    def again(state: Any) -> Any:
+        level, step, _, bits, _, n, _ = state
+        level = power.lowered(level, step)
+        sums, visits = over_blocks(level)
+        p, u = sums[:2]
+        step = jnp.where(p <= 0, 0.0, steps(power, p, u, r))
+        left = jnp.where(p <= 0, 0.0, remaining(p, u))
+        more = (jnp.max(left) > tolerance) & (n + 1 < MOST_SWEEPS)
+        bits = jnp.where(n == 0, sums[4], bits)
+        more = uniform(call, more.astype(i32))
+        return level, step, sums[:4], bits, visits, n + 1, more
+
+    level, none = t0.stat(found["level"]), i32(0)
+    state = (level, nothing, blank[:4], bits, (none, none), none, i32(1))
+    state = lax.while_loop(lambda s: s[6] > 0, again, state)
+    level, step, (p, u, p_v, u_v), bits, visits, _, _ = state
+    u = jnp.maximum(u, TINY)
+    if call.dropout:
+        p_v, u_v = p_v * rescale(call), u_v * rescale(call)
+    first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
+    t0.put_rows(out["o"], p_v - first_order[:, None] * u_v)
+    t0.put_rows(out["o2"], u_v / u[:, None])
+    t0.put_stat(out["u"], u)
+    t0.put_stat(out["level"], power.lowered(level, step))
+    i = t0.q0 // i32(t0.bq)
+    if words:
+        store_row(out["bits"], (t0.b, t0.h, i), bits)
+    report(out["visits"], t0, i, visits)

@@ -1,0 +1,170 @@
+"""Entmax over tiles: slots, output, then the passes of softmax over the blocks left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_attn.normalizers.entmax import Learned
+from pallas_attn.tiled.autodiff import gradients
+from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.tiled.summaries import GRAIN
+from pallas_attn.triton import passes
+from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.entmax.alpha import alpha_kernel
+from pallas_attn.triton.entmax.blocks import with_wide_keys
+from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.operands import Cotangents, Dense, Residuals
+from pallas_attn.triton.entmax.output import output_kernel
+from pallas_attn.triton.entmax.power import fuses
+from pallas_attn.triton.entmax.support import by_key, Support, words_of
+from pallas_attn.triton.entmax.threshold import slots_kernel
+from pallas_attn.triton.launch import launch
+from pallas_attn.triton.preprocess import delta_kernel
+from pallas_attn.triton.programs import grid_of
+
+
+f32 = jnp.float32
+i32 = jnp.int32
+
+# What the last step of a threshold may leave of sum p = 1, in units of a dtype's own.
+TOLERANCE = 1 / 16
+CORNERS = 1 / 8  # at alpha = 2, where that is a bound which few rows come near to
+
+
+def forward(
+    ops: Operands, alpha: Any, call: SparseCall, p: Plan
+) -> tuple[Array, Dense]:
+    """The output, and what the backward passes need."""
+    first = _slots(ops, alpha, call, p)
+    out = _output(ops, alpha, first, call, p)
+    bits = first["bits"] if p.pruned else out["bits"]
+    saved = {name: out[name] for name in ("level", "u", "o2", "visits")}
+    return out["o"], Dense(m=first["m"], bits=bits, **saved)
+
+
+def backward(
+    res: Residuals,
+    saved: Dense,
+    do: Array,
+    dtau: Array | None,
+    total: Array | None,
+    call: SparseCall,
+    p: Plan,
+) -> tuple[Operands, Array | None]:
+    """The gradient of every operand, and dL/dalpha of each row if that is wanted.
+
+    dtau: the residual's cotangent, 0 in empty rows; None: 0.
+    total: what a row of dS adds up to, [B, N, T]; None: 0.
+    """
+    share = total
+    if total is not None:
+        share = total / jnp.where(saved.m == jnp.inf, 1.0, saved.u)
+    delta = _delta(res, saved, do, share, call)
+    rows = (saved.m, saved.level, saved.u, delta)
+    fused = fuses(call, res.ops)
+    cot = Cotangents(do, *rows, res.alpha, total, fused)
+    support = Support(saved.bits)
+    if p.cols:
+        block = block_of(call, p, "cols")
+        turned = by_key(saved.bits, pl.cdiv(call.S, block.block_k))
+        support = replace(support, by_key=turned)
+    grads = gradients(res, cot, support, total, call, p, passes)
+    if not res.wants_alpha:
+        return grads, None
+    still = res.alpha[..., None] == 1  # the log-sum-exp does not know alpha
+    expected = total
+    if total is not None and share is not None:
+        cot = replace(cot, delta=delta + jnp.where(still, share, 0.0))
+        expected = jnp.where(still, 0.0, total)
+    rows = launch(
+        alpha_kernel,
+        grid_of(call, p, "rows").shape,
+        (res.ops, cot, expected, support),
+        jax.ShapeDtypeStruct(saved.m.shape, f32),
+        call,
+        block_of(call, p, "rows"),
+        plan=p,
+    )
+    if dtau is not None:  # tau = a (m + L) - 1
+        power = Learned(res.alpha[..., None] - 1)
+        m = saved.m * call.scale + power.lift(saved.level)
+        rows = rows + jnp.where(still | (saved.m == jnp.inf), 0.0, dtau * m)
+    return grads, rows
+
+
+def _slots(ops: Operands, alpha: Any, call: SparseCall, p: Plan) -> dict[str, Array]:
+    """What the first pass finds; with the bits, where it looks at few blocks."""
+    words = _words(call) if p.pruned else 0
+    call = call if words else with_wide_keys(call)
+    grid = grid_of(call, p, "forward")
+    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    outputs = {"m": rows, "level": rows, "r": rows}
+    if words:
+        outputs["bits"] = _bits(call, grid.blocks, words)
+    return launch(
+        slots_kernel,
+        grid.shape,
+        (ops, alpha, passes.grains(ops, call, p)),
+        outputs,
+        call,
+        block_of(call, p, "forward"),
+        plan=p,
+        words=words,
+    )
+
+
+def _output(
+    ops: Operands, alpha: Any, found: Any, call: SparseCall, p: Plan
+) -> dict[str, Array]:
+    grid, words = grid_of(call, p, "forward"), 0 if p.pruned else _words(call)
+    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    o = (call.B, call.T, call.N, call.h)
+    outputs = {
+        "o": jax.ShapeDtypeStruct(o, ops.q.dtype),
+        "o2": jax.ShapeDtypeStruct(o, f32),
+        "u": rows,
+        "level": rows,
+        "visits": jax.ShapeDtypeStruct((call.B, call.N, grid.blocks, 2), i32),
+    }
+    if words:
+        outputs["bits"] = _bits(call, grid.blocks, words)
+    share = CORNERS if call.alpha == 2 else TOLERANCE
+    return launch(
+        output_kernel,
+        grid.shape,
+        (ops, alpha, found),
+        outputs,
+        call,
+        block_of(call, p, "forward"),
+        plan=p,
+        words=words,
+        tolerance=share * float(jnp.finfo(ops.q.dtype).eps),
+    )
+
+
+def _words(call: SparseCall) -> int:
+    block = call.config.forward
+    assert block is not None
+    return words_of(pl.cdiv(call.S, block.block_k))
+
+
+def _bits(call: SparseCall, blocks: int, words: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, blocks, words), i32)
+
+
+def _delta(
+    res: Residuals, saved: Dense, do: Array, share_of_u: Any, call: SparseCall
+) -> Array:
+    """The delta <do, o2> less what the residual's cotangent adds; 0 in empty rows."""
+    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
+    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    inputs = (saved.o2, do, saved.m, share_of_u, res.ops.sight)
+    outputs = (rows, jax.ShapeDtypeStruct(grid, f32))
+    return launch(delta_kernel, grid, inputs, outputs, call, passes.PRE_PASS)[0]

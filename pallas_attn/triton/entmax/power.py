@@ -1,0 +1,46 @@
+"""The function p(t) of a call's alpha, in a kernel's instructions."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_attn.bias.base import homes
+from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_power
+from pallas_attn.tiled.operands import Operands
+from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.ptx import exp2, log2, relu
+from pallas_attn.triton.tile import load_number
+
+
+i32 = jnp.int32
+
+
+def power_of(
+    call: SparseCall, alpha: Any, b: Any, h: Any, *, fused: bool = False
+) -> Power | Learned:
+    """Of query head h of batch entry b; alpha: a ref [#B, #N], None if it is static.
+
+    fused: as `fuses` has it, wherever scores are looked at.
+    """
+    functions = Functions(*(functools.partial(f, call) for f in (exp2, log2, relu)))
+    if call.alpha is None:
+        at = (b * i32(alpha.shape[0] > 1), h * i32(alpha.shape[1] > 1))
+        return Learned(load_number(alpha, at) - 1, functions)
+    a = call.alpha - 1
+    if takes_power(call.alpha):
+        return Power(a, functions, fused=fused)
+    return Learned(a, functions)
+
+
+def fuses(call: SparseCall, ops: Operands) -> bool:
+    """Whether a score may be one multiply-add, whose error grows with the scores'.
+
+    Products of 16-bit numbers are no more exact. But an array's number, or a distance
+    of given positions, may be -1e9 in all of a row, which would lose its threshold.
+    """
+    steep = (term for term in ops.added.terms if term.steep)
+    arrays = any(home != "head" for term in steep for home in homes(term).values())
+    return call.dtype != "float32" and not (arrays or ops.sight.arrays.placed)

@@ -1,0 +1,75 @@
+"""What the backward passes read beside the operands, and of a tile's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.normalizers.softmax import exponent, LOG2E
+from pallas_attn.triton.ptx import exp2
+from pallas_attn.triton.tile import Tile
+
+
+@dataclass(frozen=True)
+class SoftmaxRows:
+    """The `RowWeights` of softmax, [bq]: what `Cotangents` has of all queries."""
+
+    lse: jax.Array
+    delta: jax.Array
+    peak: jax.Array | None
+    total: jax.Array | None
+
+    @property
+    def attends(self) -> jax.Array:
+        """Whether a query attends to anything."""
+        return self.lse != jnp.inf
+
+    def weights(
+        self, t: Tile, s: jax.Array, row: Any, rest: list[jax.Array], visible: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(P, U) of products s and of what is added to them; U is P."""
+        mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
+        if self.peak is None or self.total is None:
+            e = s * mul
+            for r in rest:
+                e = e + r * LOG2E
+            e = e - (t.along_q(self.lse) - row * LOG2E)
+        else:
+            for r in rest:
+                s = s - r * -inverse  # as the forward pass rounds it
+            base = t.along_q(self.peak) - row * inverse
+            e = exponent(s, base, mul, large=True) - t.along_q(self.total)
+        if visible is not None:
+            e = jnp.where(visible, e, -jnp.inf)
+        p = exp2(t.call, e)
+        return p, p
+
+    def in_units_of_u(self, x: jax.Array) -> jax.Array:
+        """What x per query is as a multiple of U: a row of P adds up to 1."""
+        return x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cotangents:
+    """What the backward passes read beside the operands."""
+
+    do: Any  # [B, T, N, h]
+    lse: Any  # [B, N, T], log2, +inf for empty rows
+    delta: Any  # [B, N, T]
+    peak: Any = None  # where scores may be large, lse in two: peak (units of q.k)
+    total: Any = None  # + total (log2)
+    dlse: Any = None  # [B, N, T], natural units; None: no cotangent
+
+    def of_rows(self, t: Tile) -> SoftmaxRows:
+        """The statistics of a tile's queries."""
+        large = self.peak is not None
+        return SoftmaxRows(
+            t.stat(self.lse, jnp.inf),
+            t.stat(self.delta),
+            t.stat(self.peak, jnp.inf) if large else None,
+            t.stat(self.total) if large else None,
+        )

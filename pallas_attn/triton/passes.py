@@ -1,0 +1,173 @@
+"""The passes as functions of whole arrays: shapes in, launches, shapes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_attn.call import Call
+from pallas_attn.config import Block
+from pallas_attn.tiled.fields import along, Field, fields, turned
+from pallas_attn.tiled.operands import Operands, Residuals
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.tiled.split_factors import columns_of
+from pallas_attn.tiled.summaries import extremes, GRAIN
+from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
+from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
+from pallas_attn.triton.forward import forward_kernel
+from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.operands import Cotangents
+from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.triton.programs import grid_of
+from pallas_attn.triton.pruning import Grains, Pruning
+
+
+f32 = jnp.float32
+
+# The pre-passes stream whole grains once.
+PRE_PASS = Block(GRAIN, GRAIN, 4, 1)
+
+
+def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
+    """What bounds the scores of every grain; None where nothing is pruned."""
+    if not p.pruned:
+        return None
+    sides = [b for _, b in ops.added.products]
+    heads = call.N if sides else call.K
+    grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
+    inputs = (ops.k, ops.v, sides, ops.sight)
+    shape = jax.ShapeDtypeStruct(grid, f32)
+    norms = launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
+    vectors = {f: along(f, x) for f, x in fields(ops.added).items()}
+    known = {f: extremes(x.astype(f32)) for f, x in vectors.items() if x is not None}
+    return Grains(norms, known)
+
+
+def forward(
+    ops: Operands, grains: Grains | None, call: Call, p: Plan
+) -> dict[str, Any]:
+    """The fields of `Residuals` that the forward pass makes."""
+    blocks = grid_of(call, p, "forward").blocks
+    o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
+    outputs = {"o": o, "lse": _per_row(call), "visits": _visits(call, blocks)}
+    if p.large:
+        outputs |= {"peak": _per_row(call), "total": _per_row(call)}
+    if p.pruned:
+        outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
+    inputs = (ops, Pruning(grains))
+    made = _run(forward_kernel, "forward", inputs, outputs, call, p)
+    return made | {"grains": grains}
+
+
+def cotangents(
+    res: Residuals, do: Array, dlse: Array | None, call: Call, p: Plan
+) -> tuple[Cotangents, Pruning]:
+    """What the backward passes read beside the operands, and what they prune with."""
+    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
+    delta, floors = launch(
+        delta_kernel,
+        grid,
+        (res.o, do, res.lse, dlse, res.ops.sight),
+        (_per_row(call), jax.ShapeDtypeStruct(grid, f32)),
+        call,
+        PRE_PASS,
+    )
+    pruning = Pruning(res.grains, res.reach, floors) if p.pruned else Pruning()
+    cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse)
+    return cot, pruning
+
+
+def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
+    """dq, the query sides of products, the fields per head and per query; visits.
+
+    And what delta lacks, if the plan settles it.
+    """
+    products = ops.added.products
+    outputs = {
+        "dq": like(ops.q),
+        "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
+        "fields": {f: _per_row(call) for f in p.row_fields},
+        "visits": _visits(call, grid_of(call, p, "rows").blocks),
+    }
+    if p.settled:
+        outputs["beyond"] = _per_row(call)
+    return _run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p)
+
+
+def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
+    """dv, dk or dS, the key sides of products, the fields per key; visits."""
+    if p.turn:
+        ops = replace(ops, added=turned(ops.added))
+    products = ops.added.products
+    per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
+    outputs = {
+        "dv": like(ops.v),
+        "db": {x: columns_of(products[x][1], call.S, call) for x in p.db},
+        "fields": dict.fromkeys(p.col_fields, per_key),
+        "visits": _visits(call, grid_of(call, p, "cols").blocks),
+    }
+    if p.dk:
+        outputs["dk"] = like(ops.k)
+    if p.store:
+        shape = (call.B, call.N, call.T, call.S)
+        outputs["ds"] = jax.ShapeDtypeStruct(shape, p.store)
+    return _run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p)
+
+
+def tiles(
+    ops: Operands, cot: Any, blocks: Any, field: Field, call: Call, p: Plan
+) -> Array:
+    """The gradient of a pair field.
+
+    Few tiles (a short T) are split over runs of the batch so that the device is full:
+    float32 partial sums, added in a fixed order.
+    """
+    x = fields(ops.added)[field]
+    block = block_of(call, p, "tiles")
+    b, h, t, s = x.shape
+    rows, cols = pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_k)
+    share = (call.B if b == 1 else 1) * (call.N if h == 1 else 1)
+    runs = min(pl.cdiv(1024, rows * cols * b * h), pl.cdiv(share, 8))
+    out = launch(
+        tiles_kernel,
+        (cols, rows, b * h * runs),
+        (ops, cot, blocks),
+        jax.ShapeDtypeStruct((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
+        call,
+        block,
+        plan=p,
+        field=field,
+        runs=runs,
+    )
+    if runs == 1:
+        return out
+    return out.reshape(runs, b, h, t, s).sum(0).astype(x.dtype)
+
+
+def thin_rows(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+    """Scale dS Y, shaped as `out`, for an array per key."""
+    return _run(thin_rows_kernel, "thin_rows", (ds, y, ops.sight), like(out), call, p)
+
+
+def thin_cols(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+    """Scale dS^T Y, shaped as `out`, for an array per query."""
+    return _run(thin_cols_kernel, "thin_cols", (ds, y, ops.sight), like(out), call, p)
+
+
+def _run(kernel: Any, name: str, inputs: Any, outputs: Any, call: Call, p: Plan) -> Any:
+    grid, block = grid_of(call, p, name), block_of(call, p, name)
+    return launch(kernel, grid.shape, inputs, outputs, call, block, plan=p)
+
+
+def _per_row(call: Call) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+
+
+def _visits(call: Call, blocks: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), jnp.int32)

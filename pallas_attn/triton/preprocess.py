@@ -1,0 +1,58 @@
+"""What the passes want to know of whole blocks beforehand: norms, delta, floors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_attn.call import Call
+from pallas_attn.tiled.summaries import GRAIN, Sight
+from pallas_attn.triton.programs import frame_of
+from pallas_attn.triton.scores import squared_norm
+from pallas_attn.triton.tile import store_number, Tile
+
+
+f32 = jnp.float32
+
+
+def norms_kernel(
+    k_ref: Any, v_ref: Any, bs: list[Any], sight: Sight, norms_ref: Any, *, call: Call
+) -> None:
+    """The largest |[k, B]| of a grain of keys; NaN where k, B or v is not finite."""
+    b, h, j = (pl.program_id(i) for i in range(3))
+    head = h * (call.N // norms_ref.shape[1])
+    where = frame_of(call, sight, b)
+    t = Tile(call, sight, where, b, head, j * 0, j * GRAIN, GRAIN, GRAIN)
+    n2 = sum([squared_norm(t.keys(x)) for x in bs], squared_norm(t.keys(k_ref)))
+    n2 = n2 + 0.0 * jnp.sum(t.keys(v_ref).astype(f32), 1)
+    bad = jnp.sum(jnp.where(n2 - n2 == 0.0, 0.0, 1.0)) > 0
+    store_number(norms_ref, (b, h, j), jnp.where(bad, jnp.nan, jnp.sqrt(jnp.max(n2))))
+
+
+def delta_kernel(
+    o_ref: Any,
+    do_ref: Any,
+    lse_ref: Any,
+    dlse_ref: Any,
+    sight: Sight,
+    delta_ref: Any,
+    floor_ref: Any,
+    *,
+    call: Call,
+) -> None:
+    """The delta <do, o> - dlse, 0 in empty rows; the least log2-sum of a grain of rows.
+
+    That floor is NaN where a cotangent is not finite: such queries are never left out.
+    """
+    b, h, i = (pl.program_id(i) for i in range(3))
+    where = frame_of(call, sight, b)
+    t = Tile(call, sight, where, b, h, i * GRAIN, i * 0, GRAIN, GRAIN)
+    lse = t.stat(lse_ref, jnp.inf)
+    delta = jnp.sum(t.rows(o_ref).astype(f32) * t.rows(do_ref).astype(f32), 1)
+    if dlse_ref is not None:
+        delta = delta - t.stat(dlse_ref)
+    delta = jnp.where(lse == jnp.inf, 0.0, delta)
+    t.put_stat(delta_ref, delta)
+    store_number(floor_ref, (b, h, i), jnp.min(lse) + 0.0 * jnp.sum(delta))

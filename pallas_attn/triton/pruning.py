@@ -1,0 +1,200 @@
+"""The blocks that softmax's passes visit: near ones, and far ones that hold weight."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.plan import Plan
+from pallas_attn.tiled.summaries import Extremes, GRAIN
+from pallas_attn.triton import schedule
+from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.operands import SoftmaxRows
+from pallas_attn.triton.programs import keys_of, queries_of, Visits
+from pallas_attn.triton.scores import reach_of
+from pallas_attn.triton.terms import bound
+from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
+from pallas_attn.triton.visitor import Own, Step
+
+
+i32 = jnp.int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Grains:
+    """What bounds the scores of whole blocks, known before any of them is visited.
+
+    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
+    fields: the extremes of the fields that terms may bound themselves by.
+    """
+
+    norms: Any
+    fields: dict[Field, Extremes]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pruning:
+    """What rules blocks out; None where nothing is pruned.
+
+    grains: of keys and of fields.
+    reach: the largest |scale [q, A]| (log2) of a forward block of queries.
+    floors: the least log2-sum of a grain of queries.
+    """
+
+    grains: Any = None
+    reach: Any = None
+    floors: Any = None
+
+    def over_keys(
+        self,
+        t0: Tile,
+        ops: Operands,
+        held: Any,
+        own: Own,
+        plan: Plan,
+        step: Step,
+        state: Any,
+    ) -> tuple[Any, Visits]:
+        """The loop over the key blocks of a query block."""
+        w, edge = keys_of(t0, plan.two), ops.sight.veiled
+        state = w.near_loop(
+            lambda j, side, s: step(at_keys(t0, j, side, edge=True), s), state
+        )
+        far = schedule.all_far(w.sides)
+        if plan.pruned:
+            assert isinstance(own.stats, SoftmaxRows)  # entmax has a support
+            floor = jnp.min(jnp.where(t0.inside_rows(), own.stats.lse, jnp.inf))
+            reach = reach_of(t0.call, own.q, own.qs)
+            far = far_keys(t0, w, ops, held, self, reach, floor)
+        state = far.loop(
+            lambda j, side, s: step(at_keys(t0, j, side, edge=edge), s), state
+        )
+        return state, visits(w, far)
+
+    def over_queries(
+        self, t0: Tile, ops: Operands, held: Any, plan: Plan, step: Step, state: Any
+    ) -> tuple[Any, Visits]:
+        """The loop over the query blocks of a key block."""
+        w, edge = queries_of(t0, plan.two), ops.sight.veiled
+        state = w.near_loop(
+            lambda i, side, s: step(at_queries(t0, i, side, edge=True), s), state
+        )
+        far = schedule.all_far(w.sides)
+        if plan.pruned:
+            far = far_queries(t0, w, ops, held, self, plan)
+        state = far.loop(
+            lambda i, side, s: step(at_queries(t0, i, side, edge=edge), s), state
+        )
+        return state, visits(w, far)
+
+    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
+        """One tile: every one is visited."""
+        return step(t, state)
+
+
+def visits(w: schedule.Walk, far: schedule.Remaining) -> Visits:
+    """How many blocks are visited, and how many there are."""
+    return i32(w.near[1]) - i32(w.near[0]) + i32(far.count), w.visible
+
+
+def far_keys(
+    t: Tile,
+    w: schedule.Walk,
+    ops: Operands,
+    held: Any,
+    pruning: Pruning,
+    reach: Any,
+    floor: Any,
+) -> schedule.Remaining:
+    """The far blocks that remain, where every row's log2-sum is at least `floor`."""
+
+    def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
+        return largest_scores(t, ops, held, pruning.grains, reach, j, ok), floor
+
+    return schedule.holes(t.call, w.sides, pl.cdiv(t.call.S, t.bk), t.bk, weight)
+
+
+def largest_scores(
+    t: Tile, ops: Operands, held: Any, grains: Grains, reach: Any, j: Any, ok: Any
+) -> jax.Array:
+    """No score of these queries with the keys of blocks j is above this, in log2."""
+    p0, k0 = t.q0 + t.frame.offset, j * t.bk
+    lead = schedule.lead_of(grains.norms, t.call, t.b, t.h)
+    norm = schedule.of_blocks(grains.norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
+    known = {
+        f: _of_blocks(x, t, j, ok, t.bk) if f.span == "k" else _of_own(x, t, t.q0, t.bq)
+        for f, x in grains.fields.items()
+    }
+    ranges = p0, p0 + t.bq - 1, k0, k0 + t.bk - 1
+    return schedule.above(norm * reach + bound(ops.added, held, known, *ranges))
+
+
+def far_queries(
+    t: Tile, w: schedule.Walk, ops: Operands, held: Any, pruning: Pruning, plan: Plan
+) -> schedule.Remaining:
+    """The far blocks that remain, where a block's row sums are at least its floor."""
+    call, lead = t.call, (t.b, t.h)
+    norm = _norm_of_keys(pruning.grains.norms, t)
+    own = {
+        f: _of_own(x, t, t.k0, t.bk)
+        for f, x in pruning.grains.fields.items()
+        if f.span != "q"
+    }
+    reach_block = block_of(call, plan, "forward").block_q
+
+    def weight(i: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q0 = i * t.bq + t.frame.offset
+        reach = schedule.of_blocks(
+            pruning.reach, lead, i, ok, t.bq, reach_block, jnp.maximum
+        )
+        floor = schedule.of_blocks(
+            pruning.floors, lead, i, ok, t.bq, GRAIN, jnp.minimum
+        )
+        known = {
+            f: _of_blocks(x, t, i, ok, t.bq)
+            for f, x in pruning.grains.fields.items()
+            if f not in own
+        }
+        ranges = q0, q0 + t.bq - 1, t.k0, t.k0 + t.bk - 1
+        most = bound(ops.added, held, own | known, *ranges)
+        return schedule.above(reach * norm + most), floor
+
+    return schedule.holes(call, w.sides, pl.cdiv(call.T, t.bq), t.bq, weight)
+
+
+def _of_own(x: Extremes, t: Tile, i0: Any, n: int) -> Extremes:
+    """The extremes of a field on n of its entries, those of the own block."""
+    if x.least.shape[-1] == 1:  # the same for every query and key
+        i0, n = i0 * 0, 1
+    return Extremes(*schedule.of_own(x, t.call, t.b, t.h, i0, n))
+
+
+def _of_blocks(x: Extremes, t: Tile, i: jax.Array, ok: Any, block: int) -> Extremes:
+    """The extremes of a field on each of a vector of blocks."""
+
+    def worst(ref: Any, of: Any) -> jax.Array:
+        lead = schedule.lead_of(ref, t.call, t.b, t.h)
+        return schedule.of_blocks(ref, lead, i, ok, block, GRAIN, of)
+
+    return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
+
+
+def _norm_of_keys(norms: Any, t: Tile) -> jax.Array:
+    """The largest norm of the keys of a block."""
+    final = norms.shape[-1] - 1
+    head = t.h // i32(t.call.N // norms.shape[1])
+    grains = [
+        jnp.minimum(t.k0 // i32(GRAIN) + r, final) for r in range(max(1, t.bk // GRAIN))
+    ]
+    return functools.reduce(
+        jnp.maximum, [load_number(norms, (t.b, head, g)) for g in grains]
+    )

@@ -1,0 +1,102 @@
+"""What a kernel sees of the terms of a bias: fields loaded on a tile, parts, bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.bias.base import Added, Bias, parts_of
+from pallas_attn.tiled.fields import (
+    Field,
+    fields,
+    with_fields,
+)
+from pallas_attn.triton.tile import Tile
+
+
+f32 = jnp.float32
+
+
+def hold(added: Added, t: Tile, spans: Iterable[str]) -> dict[Field, Any]:
+    """The fields that vary along no more than `spans`, loaded once before a loop."""
+    return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
+
+
+def on_tile(added: Added, t: Tile, held: dict[Field, Any]) -> tuple[Bias, ...]:
+    """The terms with their fields loaded on this tile, those in `held` as they are."""
+    rest = {f: t.field(f.home, x) for f, x in fields(added).items() if f not in held}
+    if not all(f.additive for f in rest):
+        # A derivative of what nobody sees may not be finite; 0 times it is not 0.
+        visible = t.visible
+        rest = {f: t.seen_part(visible, x) for f, x in rest.items()}
+    return with_fields(added, held | rest)
+
+
+def parts(terms: tuple[Bias, ...], t: Tile) -> tuple[Any, list[jax.Array]]:
+    """(row, rest): the sum of what does not depend on the key, and all that does."""
+    row, rest = 0.0, []
+    for term in terms:
+        for part in parts_of(term.tile(t)):
+            if jnp.ndim(part) == 0 or part.shape[0 if t.flip else 1] == 1:
+                row = row + part
+            else:
+                rest.append(part)
+    return row, rest
+
+
+def pullback(
+    terms: tuple[Bias, ...], mine: tuple[Field, ...], t: Tile
+) -> Callable[[jax.Array], dict[Field, jax.Array]]:
+    """What takes dS to gradients of the fields `mine`, by JAX's own vjp of `tile`.
+
+    A head's number is spread over queries, so that its sum waits for the loop's end.
+    """
+    if not mine:
+        return lambda ds: {}
+    t = t.settled()
+
+    def total(values: dict[Field, jax.Array]) -> jax.Array:
+        out = jnp.zeros(t.shape, f32)
+        for n in sorted({f.term for f in mine}):
+            new = {f.name: values[f] for f in mine if f.term == n}
+            for part in parts_of(replace(terms[n], **new).tile(t)):
+                out = out + jnp.broadcast_to(part, t.shape)
+        return out
+
+    def primal(field: Field) -> jax.Array:
+        x = field.of(terms)
+        return t.along_q(jnp.full((t.bq,), x)) if jnp.ndim(x) == 0 else x
+
+    _, back = jax.vjp(total, {field: primal(field) for field in mine})
+
+    def gradients(ds: jax.Array) -> dict[Field, jax.Array]:
+        return {
+            field: g.reshape(max(g.shape)) if 1 in g.shape else g
+            for field, g in back(ds)[0].items()
+        }
+
+    return gradients
+
+
+def bound(
+    added: Added, held: dict[Field, Any], extremes: dict[Field, Any], *ranges: Any
+) -> Any:
+    """The largest sum of the terms on ranges of positions, in log2 units.
+
+    extremes: of the fields that have any, on these ranges.
+    """
+    total, every = f32(0), fields(added)
+    for n, term in enumerate(added.terms):
+        assert term.bounded
+        known = {
+            f.name: extremes.get(f, held.get(f) if f.home == "head" else None)
+            for f in every
+            if f.term == n
+        }
+        total = total + replace(term, **known).bound(*ranges)
+    return total * math.log2(math.e)
