@@ -5,6 +5,7 @@ changed is compiled here.
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -220,9 +221,13 @@ def test_cards_with_99_kib_lower_alike():
     case = Case("dense", "full").at(**SIZES, H=128, h=128, dtype="bfloat16")
     small = [n for n in DEVICES if SHARED_LIMIT[n] == SMALL]
     assert small == [86, 89, 120]
-    assert lowered(case, 86) == lowered(case, 89) == lowered(case, 120)
-    assert lowered(case, 86) != lowered(case, 80)
-    assert lowered(case, 80) == lowered(case, 90) == lowered(case, 100)
+
+    def text(arch):  # without the places in sources that bytecode has
+        return [(replace(x, ir=b""), triton_ir(x)) for x in lowered(case, arch)]
+
+    assert text(86) == text(89) == text(120)
+    assert text(86) != text(80)
+    assert text(80) == text(90) == text(100)
 
 
 @compiles
