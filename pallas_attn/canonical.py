@@ -12,8 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, homes, Place, Sum
-from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.base import Added, Bias, homes, Place, terms_of
 from pallas_attn.call import accumulator, Call
 from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (
@@ -106,14 +105,14 @@ def canonical(
     )
     bias = check_bias.given(bias, sizes)
     normalizer = _normalizer(given, sizes, accumulator(q.dtype))
-    sparse = isinstance(normalizer, Entmax)
-    if sparse and isinstance(bias, CoALiBi):
+    sparse = normalizer.family == Entmax.family
+    if sparse and bias.family:
         check_static.no_contextual_entmax()
     device = current_device()
     choice = resolve(names, device, dtype=q.dtype.name, H=sizes.H, h=sizes.h)
     name = check_static.runnable(choice)
     config = check_static.config(config)
-    if isinstance(bias, CoALiBi):
+    if bias.family:
         config = check_static.scanning(config)
     if sparse:
         config = check_static.sparse(config)
@@ -244,17 +243,19 @@ def _place(sizes: Sizes, call: Call, visibility: Visibility, *, alone: bool) -> 
 
 def _one_placed(bias: Bias) -> bool:
     """Whether a bias is one term, which asks where it is."""
-    terms = bias.terms if isinstance(bias, Sum) else (bias,)
-    return len(terms) == 1 and type(terms[0]).at is not Bias.at
+    terms = terms_of(bias)
+    return len(terms) == 1 and terms[0].placed
 
 
-def _bias(bias: Bias, sizes: Sizes, place: Place) -> Added | CoALiBi:
-    """What is added to the scores: their terms and products, or Co-ALiBi alone."""
-    if not isinstance(bias, CoALiBi):
+def _bias(bias: Bias, sizes: Sizes, place: Place) -> Added | Bias:
+    """What is added to the scores: terms and products, or a bias of its own family."""
+    if not bias.family:
         return _added(bias, sizes, place)
-    slopes = check_bias.tiled("bias", bias, sizes)["slopes"]
-    slopes = flattened(slopes, sizes.leading, RANKS["head"])
-    return CoALiBi(slopes.astype(place.dtype))
+    fields = check_bias.tiled("bias", bias, sizes)
+    for name, home in homes(bias).items():
+        flat = flattened(fields[name], sizes.leading, RANKS[home])
+        fields[name] = flat.astype(place.dtype)
+    return dataclasses.replace(bias, **fields)
 
 
 def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_attn.bias.base import Added, homes
-from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.base import Added, Bias, homes
 from pallas_attn.problem import Problem
 from pallas_attn.visibility import Visibility
 
@@ -65,17 +64,17 @@ def leaves(problem: Problem) -> list[tuple[Any, Axes]]:
     return list(zip(jax.tree.leaves(problem), axes_of(problem), strict=True))
 
 
-def _of_bias(bias: Added | CoALiBi) -> Any:
-    if isinstance(bias, CoALiBi):
-        return CoALiBi(Axes("bias.slopes", "BN"))  # pyright: ignore[reportArgumentType]
-    terms = tuple(
-        dataclasses.replace(
-            term, **{n: Axes(f"bias.{n}", FIELDS[h]) for n, h in homes(term).items()}
-        )
-        for term in bias.terms
-    )
+def _of_bias(bias: Added | Bias) -> Any:
+    if isinstance(bias, Bias):
+        return _of_term(bias)
+    terms = tuple(_of_term(term) for term in bias.terms)
     sides: Any = (Axes("bias", "BTNR"), Axes("bias", "BSNR"))
     return Added(terms, (sides,) * len(bias.products))
+
+
+def _of_term(term: Bias) -> Bias:
+    fields = {n: Axes(f"bias.{n}", FIELDS[h]) for n, h in homes(term).items()}
+    return dataclasses.replace(term, **fields)
 
 
 def _of_visibility(visibility: Visibility) -> Any:

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 import jax
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added
-from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.base import Added, Bias
 from pallas_attn.call import Call
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.visibility import Visibility
 
 
-def as_terms(bias: Added | CoALiBi) -> Added:
-    """A bias as terms with fields; Co-ALiBi as the only one."""
+def as_terms(bias: Added | Bias) -> Added:
+    """A bias as terms with fields; one of its own family as the only one."""
     return bias if isinstance(bias, Added) else Added((bias,))
 
 
@@ -31,7 +30,8 @@ class Problem:
         query: [B, T, N, H], floating; float64 makes everything float64.
         key: [B, S, K, H], of the same dtype; query head n reads key head n // G.
         value: [B, S, K, h], of the same dtype.
-        bias: What is added to the scores, or Co-ALiBi with slopes [#B, #N].
+        bias: What is added to the scores, or a bias of its own family, such as
+            Co-ALiBi with slopes [#B, #N].
         normalizer: How scores become weights. An alpha that is an array is [#B, #N], in
             the dtype of sums; what is softmax by another name is `Softmax()`.
         visibility: The arrays that decide who may attend to whom.
@@ -41,7 +41,7 @@ class Problem:
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K h"]
-    bias: Added | CoALiBi
+    bias: Added | Bias
     normalizer: Softmax | Entmax
     visibility: Visibility
     call: Call = field(metadata={"static": True})

@@ -3,11 +3,13 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias, head_home
+from pallas_attn.rules import known
 
 
 class ALiBi(Bias):
@@ -34,6 +36,20 @@ class ALiBi(Bias):
 
     sided = True
     hides = False
+
+    def check(self, name: str) -> None:
+        """Refuses infinite slopes.
+
+        Raises:
+            ValueError: if a slope is known and infinite.
+        """
+        given = isinstance(self.slopes, np.ndarray | jax.Array)
+        values = known(self.slopes) if given else None
+        if values is not None and np.isinf(np.asarray(values, np.float64)).any():
+            raise ValueError(
+                f"`{name}.slopes` must be finite; got inf, and inf times a distance of "
+                "0 is NaN. Use `local_window_size=0` to see one position alone."
+            )
 
     def tile(self, t: Any) -> Any:
         """-slope |distance|, part by part."""

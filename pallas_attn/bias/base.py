@@ -110,6 +110,12 @@ class Bias:
     # a field along keys holds running sums: its gradient is added up over keys, and
     # with it what rounding left of the sum of each row
     running = False
+    # keys before a query fade, what comes after it does not: it asks for causality
+    fades = False
+    # a field along queries or keys may have an axis behind them, of a product
+    ranked = False
+    # whose functions take it, and it alone, as no term of a sum: the normalizer's
+    family: ClassVar[str] = ""
 
     # NumPy arrays leave `array + bias` to __radd__
     __array_ufunc__ = None
@@ -162,6 +168,14 @@ class Bias:
         """
         raise NotImplementedError
 
+    def check(self, name: str) -> None:
+        """Refuses fields, as they were given, whose values are known and wrong."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether the term asks where a call puts its queries and keys."""
+        return type(self).at is not Bias.at
+
     @property
     def bounded(self) -> bool:
         """Whether the term knows the largest value it takes on a range."""
@@ -195,13 +209,17 @@ class Bias:
         return functools.reduce(jnp.add, values, jnp.zeros(shape, region.dtype))
 
     def __add__(self, other: Any) -> Sum:
-        return Sum((*_terms(self), *_terms(other))) if _term(other) else NotImplemented
+        if not _term(other):
+            return NotImplemented
+        return Sum((*terms_of(self), *terms_of(other)))
 
     # Any: of 0 it is the term itself, which `sum` starts with
     def __radd__(self, other: Any) -> Any:
         if isinstance(other, int) and other == 0:
             return self
-        return Sum((*_terms(other), *_terms(self))) if _term(other) else NotImplemented
+        if not _term(other):
+            return NotImplemented
+        return Sum((*terms_of(other), *terms_of(self)))
 
 
 def _refused(sign: str) -> Any:
@@ -387,6 +405,12 @@ def as_bias(x: Any) -> Bias:
     return x if isinstance(x, Bias) else DenseBias(x)
 
 
+def terms_of(x: Any) -> tuple[Bias, ...]:
+    """The terms that were added up to a bias; a bias that is no sum is one term."""
+    bias = as_bias(x)
+    return bias.terms if isinstance(bias, Sum) else (bias,)
+
+
 def at_least_float32(*arrays: Any) -> Any:
     """float64 if any array is, else float32."""
     wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
@@ -398,11 +422,6 @@ def _term(x: Any) -> bool:
     if isinstance(x, list | tuple | str):
         return False
     return not callable(x) or getattr(x, "shape", None) is not None
-
-
-def _terms(x: Any) -> tuple[Bias, ...]:
-    x = as_bias(x)
-    return x.terms if isinstance(x, Sum) else (x,)
 
 
 def _with_heads(positions: Any) -> Int[Array, "#B #N L"]:

@@ -31,6 +31,8 @@ class FactoredBias(Bias):
     q_factor: Float[Array, "#B T #N R"] = query_home()
     k_factor: Float[Array, "#B S #N R"] = key_home()
 
+    ranked = True
+
     def contract(self) -> tuple[Array, Array]:
         """The factors."""
         return self.q_factor, self.k_factor

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Bias, key_home, Place, query_home
 from pallas_attn.bias.running_sums import running_sums, Sums
+from pallas_attn.rules import known
 
 
 class ForgetGate(Bias):
@@ -46,6 +47,21 @@ class ForgetGate(Bias):
     """
 
     log_gate: Float[Array, "*#B S #N"] = key_home()
+
+    fades = True
+
+    def check(self, name: str) -> None:
+        """Refuses gates above 1.
+
+        Raises:
+            ValueError: if a log gate is known and positive.
+        """
+        values = known(self.log_gate)
+        if values is not None and (wrong := values[values > 0]).size:
+            raise ValueError(
+                f"`{name}.log_gate` must be <= 0, the logarithm of a gate; got "
+                f"{wrong[0]}. Write `jax.nn.log_sigmoid(x)`."
+            )
 
     def at(self, place: Place) -> Bias:
         """Sums up to every query and every key.

@@ -6,22 +6,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.bias.alibi import ALiBi
 from pallas_attn.bias.base import Bias, has_tile, homes, Place, Sum
-from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
-from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.bias.forget_gate import ForgetGate
 from pallas_attn.checks.tile import elementwise
 from pallas_attn.rules import (
     array,
     floating,
     kind,
-    known,
     shape,
     shape_from_the_right,
     wrong_shape,
@@ -84,15 +78,11 @@ def _with_arrays(name: str, term: Bias, sizes: Sizes) -> Bias:
         return Sum(
             tuple(_with_arrays(f"{name}.terms[{i}]", t, sizes) for i, t in named)
         )
-    ranked = isinstance(term, FactoredBias)
     fields = {
-        field: _field(f"{name}.{field}", getattr(term, field), home, sizes, ranked)
+        field: _field(f"{name}.{field}", getattr(term, field), home, sizes, term.ranked)
         for field, home in homes(term).items()
     }
-    if isinstance(term, ForgetGate):
-        _fading(f"{name}.log_gate", term.log_gate)
-    if isinstance(term, ALiBi):
-        _sloping(f"{name}.slopes", term.slopes)
+    term.check(name)  # as it was given: under a trace an array made of it is traced
     return dataclasses.replace(term, **fields) if fields else term
 
 
@@ -175,7 +165,7 @@ def _terms(
         for i, part in enumerate(bias.terms):
             yield from _terms(f"{name}.terms[{i}]", part, place, sizes)
         return
-    if type(bias).at is not Bias.at:
+    if bias.placed:
         bias = dataclasses.replace(bias, **tiled(name, bias, sizes))
         bias = bias.at(place)
     expanded = bias.expand()
@@ -196,31 +186,8 @@ def _terms(
             )
 
 
-def _fading(name: str, log_gate: Any) -> None:
-    """As it was given: under a trace an array that is made of it is traced."""
-    values = known(log_gate)
-    if values is None:
-        return
-    wrong = values[values > 0]
-    if wrong.size:
-        raise ValueError(
-            f"`{name}` must be <= 0, the logarithm of a gate; got "
-            f"{wrong[0]}. Write `jax.nn.log_sigmoid(x)`."
-        )
-
-
-def _sloping(name: str, slopes: Any) -> None:
-    """As it was given, like a gate."""
-    values = known(slopes) if isinstance(slopes, np.ndarray | jax.Array) else None
-    if values is not None and np.isinf(np.asarray(values, np.float64)).any():
-        raise ValueError(
-            f"`{name}` must be finite; got inf, and inf times a distance of 0 is NaN. "
-            "Use `local_window_size=0` to see one position alone."
-        )
-
-
 def _adding(name: str, term: Bias) -> Bias:
-    if isinstance(term, CoALiBi):
+    if term.family:
         raise NotImplementedError(
             "`bias`: Co-ALiBi with another bias is not implemented in this version; "
             f"got {kind(term)} at `{name}`. Pass CoALiBi(slopes) alone."

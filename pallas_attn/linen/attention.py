@@ -13,8 +13,7 @@ from flax.linen.linear import default_kernel_init
 from jaxtyping import Array, Float, Int
 
 from pallas_attn.api import attended
-from pallas_attn.bias.base import as_bias, Sum
-from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.base import terms_of
 from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
 from pallas_attn.config import Config
@@ -382,13 +381,11 @@ class MultiHeadAttention(nn.Module):
 
     def _check_fading(self, bias: Any, mask: Any) -> None:
         """Refuses gates under which keys after a query, and they alone, never fade."""
-        value = as_bias(bias)
-        terms = value.terms if isinstance(value, Sum) else (value,)
         window = self.local_window_size
         ends = isinstance(window, tuple | list) and window[-1] == 0
         if self.is_causal or self.decode or ends or mask is not None:
             return
-        if any(isinstance(term, ForgetGate) for term in terms):
+        if any(term.fades for term in terms_of(bias)):
             raise ValueError(
                 "`bias`: a ForgetGate fades what comes before a query, not what comes "
                 "after; got is_causal=False, no window that ends at the query and no "

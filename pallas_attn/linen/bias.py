@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_attn.bias.base import as_bias, Bias, Sum
+from pallas_attn.bias.base import as_bias, Bias, Sum, terms_of
 from pallas_attn.layers.cache import Slot
 from pallas_attn.linen.decode import cached
 from pallas_attn.rules import kind, wrong_shape
@@ -293,5 +293,4 @@ def _terms(x: Any) -> tuple[Any, ...]:
         return x.terms
     if isinstance(x, BiasModule):
         return (x,)
-    value = as_bias(x)
-    return value.terms if isinstance(value, Sum) else (value,)
+    return terms_of(x)

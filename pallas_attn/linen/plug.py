@@ -12,9 +12,7 @@ from flax.linen.dtypes import promote_dtype as promoted
 from jaxtyping import Array, Float
 
 from pallas_attn.api import attended
-from pallas_attn.bias.base import as_bias, Bias, has_tile, homes, Sum, tile_on
-from pallas_attn.bias.co_alibi import CoALiBi
-from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.base import as_bias, Bias, has_tile, homes, terms_of, tile_on
 from pallas_attn.canonical import canonical
 from pallas_attn.config import Config
 from pallas_attn.implementations import Implementation
@@ -218,8 +216,7 @@ def _both(
 def _refuse_unplaced(added: Any, causal: bool, window: Any, T: int, S: int) -> None:
     named = {"is_causal": causal, "local_window_size": window is not None}
     reads = [name for name, given in named.items() if given]
-    bias = as_bias(added)
-    for term in bias.terms if isinstance(bias, Sum) else (bias,):
+    for term in terms_of(added):
         if _of_positions(term):
             reads.append(f"`bias` ({type(term).__name__})")
     if reads:
@@ -233,7 +230,7 @@ def _refuse_unplaced(added: Any, causal: bool, window: Any, T: int, S: int) -> N
 
 def _of_positions(term: Bias) -> bool:
     """Whether a term depends on where queries and keys stand."""
-    if isinstance(term, CoALiBi | ForgetGate):
+    if term.family or term.placed:
         return True
     parts = term.expand()
     if len(parts) != 1 or type(parts[0]) is not type(term):
