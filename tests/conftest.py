@@ -1,4 +1,4 @@
-"""Strict JAX, fresh keys, and which tests this machine can run."""
+"""Strict JAX, fresh keys, what this machine can run, and which rows are asked."""
 
 import itertools
 import os
@@ -9,6 +9,7 @@ import pytest
 
 from pallas_attn.implementations import current_device, refusal
 from pallas_attn.placement.run import compiled
+from pallas_attn.testing.covering import outside
 from pallas_attn.xla import chunks
 
 
@@ -48,11 +49,46 @@ def small_chunks(monkeypatch, retraced):
         monkeypatch.setattr(chunks, name, value)
 
 
-def pytest_collection_modifyitems(items):
-    """Skips tests marked `gpu` where the compiled kernels cannot run, and says why."""
+def pytest_addoption(parser):
+    """Adds `--rows`."""
+    parser.addoption(
+        "--rows",
+        choices=("covering", "rest", "all"),
+        help="of every law the rows that cover its table (without a path or -k the "
+        "default), the others, or all",
+    )
+
+
+def pytest_configure(config):
+    """Decides `--rows` where nobody did, here once: workers are told."""
+    if config.option.rows is None:
+        named = config.args_source == config.ArgsSource.ARGS or config.option.keyword
+        config.option.rows = "all" if named else "covering"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the rows that are asked; skips `gpu` where compiled kernels cannot run."""
+    if config.option.rows != "all":
+        of_covering = covering_run(items)
+        rest = config.option.rows == "rest"
+        gone = [item for item in items if (item in of_covering) == rest]
+        items[:] = [item for item in items if (item in of_covering) != rest]
+        config.hook.pytest_deselected(items=gone)
     reason = refusal("triton", current_device(), dtype="float32", H=64, h=64)
     if reason is None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def covering_run(items):
+    """The tests that run where nobody asks for all: minutes of work, of every kind."""
+
+    def marked(item, *names):
+        return any(item.get_closest_marker(name) for name in names)
+
+    own = {item for item in items if marked(item, "light")}
+    table = [x for x in items if not marked(x, "light", "whole", "machine_code")]
+    left = outside(item.nodeid for item in table)
+    return own | {item for item in table if item.nodeid not in left}

@@ -83,6 +83,7 @@ def test_the_picture_is_written(tmp_path):
     assert path.read_bytes().startswith(PNG)
 
 
+@pytest.mark.whole
 @standard_promotion
 def test_the_demo_from_end_to_end(tmp_path, capsys, monkeypatch):
     """Too few steps to learn: it says so, and its exit status too."""

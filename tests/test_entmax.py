@@ -564,7 +564,7 @@ def test_sparsity_counts_zeros_among_visible_pairs(normalizer, implementation):
         assert_zero(shares.skipped_blocks)
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("fits", [pytest.param(True, marks=pytest.mark.whole), False])
 def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     fits, monkeypatch, retraced
 ):

@@ -41,6 +41,7 @@ CASES = [
         ("none", "full", "entmax 2.0"),  # through lists too
     ]
 ]
+ROWS = [pytest.param(x, marks=[pytest.mark.light] * (x in CASES[:1])) for x in CASES]
 
 
 def look():
@@ -49,7 +50,8 @@ def look():
     return watched() if interpreted else contextlib.nullcontext([])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.whole
+@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_nothing_leaves_its_arrays(case, monkeypatch):
     """Every array between bands of NaN; interpreted, every index is looked at too."""
     monkeypatch.setattr(route, "LONG", SIZES["S"])

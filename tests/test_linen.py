@@ -367,7 +367,13 @@ def decoded(bias, cuts):
     return jnp.concatenate(outputs, axis=1), variables["cache"]
 
 
-@pytest.mark.parametrize("bias", DECODED)
+def few(*names):
+    """Every row, these always."""
+    rows = [pytest.param(x, marks=[pytest.mark.light] * (x in names)) for x in DECODED]
+    return lambda test: pytest.mark.whole(pytest.mark.parametrize("bias", rows)(test))
+
+
+@few("co_alibi", "swin", "forget_heads", "sum")
 def test_token_by_token_is_the_full_forward(bias):
     *_, full = decoding(bias)
     got, cache = decoded(bias, range(1, LENGTH + 1))
@@ -381,7 +387,7 @@ def test_several_tokens_at_once_are_the_full_forward(bias):
     assert_formula(decoded(bias, [7, 8, 12])[0], full)
 
 
-@pytest.mark.parametrize("bias", DECODED)
+@few("alibi", "factored", "values")
 def test_prompts_of_different_lengths_go_on_each_from_its_own(bias):
     """Entry b is its own sequence, and what padding holds has no part in it."""
     step, x, extra, variables, full = decoding(bias)

@@ -83,6 +83,7 @@ def test_notebook_is_kept_as_it_is_read(name):
     assert counts == list(range(1, len(code) + 1)), "run once, from top to bottom"
 
 
+@pytest.mark.whole
 @every_notebook
 def test_notebook_runs(name, tmp_path):
     """In a kernel of this Python, on the CPU; it prints the words that it keeps.

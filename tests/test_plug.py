@@ -75,8 +75,11 @@ def float_mask(batch=(B,)):
 
 @pytest.mark.parametrize(
     ("batch", "made"),
-    [((), plug), ((B,), kernels), ((B, 1, 3), plug)],
-    ids=["unbatched", "kernels", "batches"],
+    [
+        pytest.param((), plug, id="unbatched"),
+        pytest.param((B,), kernels, id="kernels", marks=pytest.mark.whole),
+        pytest.param((B, 1, 3), plug, id="batches"),
+    ],
 )
 def test_linen_gives_the_numbers_of_its_own_function(batch, made, getkey):
     x, y = inputs(getkey, batch)

@@ -142,7 +142,12 @@ def no_budget(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("name", ADVERSARIES)
+FEW = ("GQA", "scores x40", "gates and slopes")
+ROWS = [pytest.param(x, marks=[pytest.mark.light] * (x in FEW)) for x in ADVERSARIES]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ROWS)
 def test_what_is_left_out_is_not_missed(name, no_budget):
     drawn = sample(ADVERSARIES[name])
     pruned = gradients(drawn, config=PRUNED, **OPTIONS)
