@@ -17,6 +17,7 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.dropout import rescale
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import (
     frame_of,
     key_tile,
@@ -42,10 +43,11 @@ def rows_kernel(
     out: dict[str, Any],
     *,
     call: Call,
+    program: Program,
     plan: Plan,
 ) -> None:
     """For one query block: dq, the query side of products, row-owned fields."""
-    t0 = query_tile(ops.sight, call, plan, "rows")
+    t0 = query_tile(ops.sight, call, plan, "rows", program)
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
     stats = cot.of_rows(t0)
@@ -113,6 +115,7 @@ def cols_kernel(
     out: dict[str, Any],
     *,
     call: Call,
+    program: Program,
     plan: Plan,
 ) -> None:
     """For one key block of one key head: dk and dv.
@@ -120,7 +123,7 @@ def cols_kernel(
     Per query head also the key side of products and the fields per key; and dS itself,
     if the plan stores it.
     """
-    x0 = key_tile(ops.sight, call, plan, "cols")
+    x0 = key_tile(ops.sight, call, plan, "cols", program)
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
@@ -201,6 +204,7 @@ def tiles_kernel(
     out: Any,
     *,
     call: Call,
+    program: Program,
     plan: Plan,
     field: Field,
     runs: int,
@@ -215,7 +219,7 @@ def tiles_kernel(
     array = field.of(ops.added.terms)
     own_b, own_h = array.shape[:2]
     share = (call.B if own_b == 1 else 1) * (call.N if own_h == 1 else 1)
-    j, i, g = (pl.program_id(axis) for axis in range(3))
+    j, i, g = program.place
     run, g = g % runs, g // runs
     b0, h0 = g // own_h, g % own_h
     each = pl.cdiv(share, runs)

@@ -12,6 +12,7 @@ from jax import lax
 from pallas_attn.call import Call
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_tile, keys_of, queries_of, query_tile
 from pallas_attn.triton.tile import at_keys, at_queries, Tile, zeros
 
@@ -20,10 +21,17 @@ i32 = jnp.int32
 
 
 def thin_rows_kernel(
-    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+    ds_ref: Any,
+    y_ref: Any,
+    sight: Any,
+    out: Any,
+    *,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Scale dS Y of one query block, from a stored dS and an array per key."""
-    t0 = query_tile(sight, call, plan, "thin_rows")
+    t0 = query_tile(sight, call, plan, "thin_rows", program)
     w = keys_of(t0, two=False)
 
     def step(t: Tile, acc: jax.Array) -> jax.Array:
@@ -35,10 +43,17 @@ def thin_rows_kernel(
 
 
 def thin_cols_kernel(
-    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+    ds_ref: Any,
+    y_ref: Any,
+    sight: Any,
+    out: Any,
+    *,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Scale dS^T Y of one key block, summed over the query heads of its key head."""
-    t0 = key_tile(sight, call, plan, "thin_cols")
+    t0 = key_tile(sight, call, plan, "thin_cols", program)
     w, first = queries_of(t0, two=False), t0.h
 
     def of_head(h: Any, acc: jax.Array) -> jax.Array:

@@ -44,6 +44,7 @@ class Tile:
     flip: bool = False
     edge: bool = True
     loaded: tuple[jax.Array, jax.Array] | None = None  # explicit positions, if read
+    flag: tuple[Any, Any] | None = None  # as `launch.Program` has it
 
     # What a term may use.
 

@@ -22,6 +22,7 @@ from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.support import mark
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile
 from pallas_attn.triton.tile import store_row, Tile
 
@@ -49,6 +50,7 @@ def slots_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     words: int,
 ) -> None:
@@ -57,7 +59,7 @@ def slots_kernel(
     With words also a bit for each key block with a score above that threshold: one more
     sweep, which pays where a bound leaves few blocks and fewer of them have weight.
     """
-    t0 = query_tile(ops.sight, call, plan, "forward")
+    t0 = query_tile(ops.sight, call, plan, "forward", program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
