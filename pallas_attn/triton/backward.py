@@ -55,7 +55,7 @@ def rows_kernel(
 
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
-        terms = on_tile(ops.added, t, held)
+        t, terms = on_tile(ops.added, t, held)
         _, u, ds, dqk, visible = weights_and_ds(
             t, (q, k, v, do), (qs, ks), terms, stats
         )
@@ -102,7 +102,9 @@ def rows_kernel(
         beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
         beyond = stats.in_units_of_u(beyond)
         for f, (x, y) in fields.items():
-            t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
+            grad = jnp.where(some, x - beyond * y, 0.0)
+            t0.note(grad)
+            t0.put_stat(out["fields"][f], grad)
         if plan.settled:
             t0.put_stat(out["beyond"], jnp.where(some, beyond, 0.0))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), visits)
@@ -127,6 +129,8 @@ def cols_kernel(
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
+    if not plan.dk:  # a dS that is not finite shows in dk; in dv only if its weight is
+        x0.note(v)
     ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
@@ -138,7 +142,7 @@ def cols_kernel(
 
         def step(t: Tile, state: Any) -> Any:
             q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
-            terms = on_tile(ops.added, t, held)
+            t, terms = on_tile(ops.added, t, held)
             p, _, ds, dqk, visible = weights_and_ds(
                 t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
             )
@@ -227,13 +231,14 @@ def tiles_kernel(
 
     def at(b: Any, h: Any) -> Tile:
         where = frame_of(call, ops.sight, b)
-        return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk)
+        flag = program.flag
+        return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk, flag=flag)
 
     t0 = at(b0, h0)
     held = {field: t0.field(field.home, array)}
 
     def add(t: Tile, acc: jax.Array) -> jax.Array:
-        terms = on_tile(ops.added, t, held)
+        t, terms = on_tile(ops.added, t, held)
         products = ops.added.products
         _, _, ds, _, visible = weights_and_ds(
             t,
@@ -253,4 +258,5 @@ def tiles_kernel(
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)
     acc = lax.fori_loop(i32(lo), i32(hi), body, jnp.zeros((bq, bk), f32))
+    t0.note(acc)
     t0.put_pair(out, acc, run * own_b + b0, h0)

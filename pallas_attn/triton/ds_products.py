@@ -35,8 +35,9 @@ def thin_rows_kernel(
     w = keys_of(t0, two=False)
 
     def step(t: Tile, acc: jax.Array) -> jax.Array:
-        y = t.seen_keys(_veil(t), t.keys(y_ref))
-        return acc + t.dot(t.pair(ds_ref).astype(y.dtype), y)
+        y, ds = t.keys(y_ref), t.pair(ds_ref)
+        y = t.seen_keys(_veil(t, ds), y)
+        return acc + t.dot(ds.astype(y.dtype), y)
 
     acc = _thin_loop(w, t0, at_keys, step, zeros(t0.bq, y_ref))
     t0.put_rows(out, acc * call.scale)
@@ -58,8 +59,9 @@ def thin_cols_kernel(
 
     def of_head(h: Any, acc: jax.Array) -> jax.Array:
         def step(t: Tile, acc: jax.Array) -> jax.Array:
-            y = t.seen_queries(_veil(t), t.rows(y_ref))
-            return acc + t.dot(t.pair(ds_ref).astype(y.dtype).T, y)
+            y, ds = t.rows(y_ref), t.pair(ds_ref)
+            y = t.seen_queries(_veil(t, ds), y)
+            return acc + t.dot(ds.astype(y.dtype).T, y)
 
         return _thin_loop(w, replace(t0, h=h), at_queries, step, acc)
 
@@ -80,6 +82,11 @@ def _thin_loop(
     )
 
 
-def _veil(t: Tile) -> jax.Array | None:
-    """Which pairs are visible, where 0 may meet what is not finite."""
+def _veil(t: Tile, ds: jax.Array) -> jax.Array | None:
+    """Which pairs are visible, where 0 may meet what is not finite.
+
+    With care: those with a gradient, for what a bias takes away has none.
+    """
+    if t.sight.careful:
+        return ds != 0
     return t.visible if t.sight.veiled else None

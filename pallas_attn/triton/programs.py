@@ -102,8 +102,8 @@ def query_tile(
         i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
-    t = Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk)
-    return replace(t, flag=program.flag)
+    flag = program.flag
+    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk, flag=flag)
 
 
 def key_tile(
@@ -115,8 +115,9 @@ def key_tile(
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
     flip = plan.flip and kernel == "cols"
-    t = Tile(call, sight, where, b, head * call.G, j * 0, j * bk, bq, bk, flip=flip)
-    return replace(t, flag=program.flag)
+    q0, k0, h = j * 0, j * bk, head * call.G
+    flag = program.flag
+    return Tile(call, sight, where, b, h, q0, k0, bq, bk, flip=flip, flag=flag)
 
 
 def keys_of(t: Tile, two: bool) -> schedule.Walk:

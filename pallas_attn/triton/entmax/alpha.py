@@ -71,4 +71,6 @@ def alpha_kernel(
     if expected is not None:
         by_u = by_u - t0.stat(expected)
     total = total - stats.in_units_of_u(by_u) * by_h
-    t0.put_stat(out, jnp.where(stats.attends, total, 0.0))
+    total = jnp.where(stats.attends, total, 0.0)
+    t0.note(total)
+    t0.put_stat(out, total)

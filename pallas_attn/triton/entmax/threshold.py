@@ -8,6 +8,7 @@ hold its support.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from pallas_attn.triton.entmax.support import mark
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile
+from pallas_attn.triton.ptx import larger
 from pallas_attn.triton.tile import store_row, Tile
 
 
@@ -96,11 +98,12 @@ def fill(
     far ones whose bound is that far below every row's largest score are left out.
     """
     sweep = sweep_of(t0, ops, plan)
+    most = jnp.maximum if t0.flag is None else functools.partial(larger, t0.call)
 
     def keep(t: Tile, tops: Any) -> Any:
         x = sweep.whole(t)
         first, second = tops
-        return jnp.maximum(first, x), jnp.maximum(second, jnp.minimum(first, x))
+        return most(first, x), jnp.maximum(second, jnp.minimum(first, x))
 
     empty = jnp.full((t0.bq, t0.bk), -jnp.inf, f32)
     tops = sweep.near_loop(keep, (empty, empty))
@@ -108,6 +111,7 @@ def fill(
         m = jnp.max(tops[0], 1)
         sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), grains, power)
     tops = sweep.far_loop(keep, tops)
+    t0.note_where(lambda: ~(tops[0] < jnp.inf))
     m = jnp.max(tops[0], 1)
     some = t0.inside_rows() & ~(m <= lowest(t0.call.scale))
     return Slots(sweep, jnp.where(some, m, jnp.inf), tops)

@@ -206,7 +206,8 @@ def list_rows_kernel(
         dp = listed(t0, stats["dp"], first, t0.bk, t.ok)
         ds = jnp.where(t.ok, u * (dp - delta), 0.0)
         put_listed(t0, out["ds"], first, ds, t.ok)
-        grads = pullback(on_tile(ops.added, t, held), mine, t)(ds)
+        t, terms = on_tile(ops.added, t, held)
+        grads = pullback(terms, mine, t)(ds)
         for f, ref in out["pairs"].items():
             put_listed(t0, ref, first, grads[f], t.ok)
         new = {
@@ -320,7 +321,7 @@ def list_cols_kernel(
             if plan.col_fields:
                 i, j, on = (x[:, None] for x in (query, key, ok))
                 t: Any = Pairs(call, ops.sight, frame, b, h, i, j, on)
-                terms = on_tile(ops.added, t, {})
+                t, terms = on_tile(ops.added, t, {})
                 grads = pullback(terms, plan.col_fields, t)(ds[:, None])
                 new["fields"] = {
                     f: y + jnp.sum(placed(grads[f]), 1)

@@ -77,8 +77,8 @@ def row_tile(sight: Sight, call: Call, block: Block, program: Program) -> Tile:
     if call.causal:
         i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
-    t = Tile(call, sight, frame_of(call, sight, b), b, h, i * bq, i * 0, bq, bk)
-    return replace(t, flag=program.flag)
+    where, flag = frame_of(call, sight, b), program.flag
+    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk, flag=flag)
 
 
 def row_grid(call: Call, block: Block) -> Grid:

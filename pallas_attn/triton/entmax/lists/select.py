@@ -63,7 +63,8 @@ def list_scores_kernel(
         x, _ = capped(call, jnp.sum(q * t.keys(ops.k), 2))
         for a, (_, b) in zip(qs, products, strict=True):
             x = x + jnp.sum(a * t.keys(b), 2)
-        row, rest = parts(on_tile(ops.added, t, held), t)
+        t, terms = on_tile(ops.added, t, held)
+        row, rest = parts(terms, t)
         for r in rest:
             x = x - r * -inverse
         row = jnp.broadcast_to(row * inverse, (t.bq, 1))
