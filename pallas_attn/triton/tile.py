@@ -222,7 +222,7 @@ class Tile:
 
     def note(self, x: jax.Array) -> None:
         """Set the program's flag, if it has one, where x is not finite."""
-        self.note_where(lambda: ~(x - x == 0))
+        self.note_where(lambda: ~(_lasting(x) == 0))
 
     def note_where(self, strange: Callable[[], jax.Array]) -> None:
         """The same where something is strange; nothing is computed without a flag.
@@ -452,6 +452,11 @@ def load_number(ref: Any, index: tuple[Any, ...]) -> jax.Array:
 def store_number(ref: Any, index: tuple[Any, ...], x: Any) -> None:
     """Write one entry of an array."""
     plgpu.store(ref.at[index], jnp.asarray(x).astype(ref.dtype))
+
+
+def _lasting(x: jax.Array) -> jax.Array:
+    """0 of a row whose entries are finite, else NaN; of a vector so each entry."""
+    return jnp.sum(x - x, 1) if x.ndim > 1 else x - x
 
 
 def _iota(n: int) -> jax.Array:
