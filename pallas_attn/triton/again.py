@@ -55,11 +55,11 @@ def launch_watched(
     flags = jax.ShapeDtypeStruct((programs,), i32)
     static |= {"body": kernel, "sizes": grid}
     made, flags = launch(
-        watched_kernel, grid, inputs, (outputs, flags), call, block, name=name, **static
+        _with_flag, grid, inputs, (outputs, flags), call, block, name=name, **static
     )
     each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
     return launch(
-        again_kernel,
+        _flagged,
         (pl.cdiv(programs, each),),
         (careful(inputs), flags),
         jax.tree.map(like, made),
@@ -72,7 +72,7 @@ def launch_watched(
     )
 
 
-def watched_kernel(
+def _with_flag(
     *refs: Any,
     call: Call,
     program: Program,
@@ -80,7 +80,7 @@ def watched_kernel(
     sizes: tuple[int, ...],
     **static: Any,
 ) -> None:
-    """A program of the kernel, with a flag that is 0 until a result is not finite."""
+    """A kernel, as a program whose flag is 0 until a result is not finite."""
     *refs, flags = refs
     number = _number_of(program.place, sizes)
     store_number(flags, (number,), 0)
@@ -89,7 +89,7 @@ def watched_kernel(
     body(*refs, call=call, program=program, **static)
 
 
-def again_kernel(
+def _flagged(
     inputs: tuple[Any, ...],
     flags: Any,
     _: Any,
@@ -102,7 +102,7 @@ def again_kernel(
     each: int,
     **static: Any,
 ) -> None:
-    """The flagged programs of the kernel, of `each` that this one looks at."""
+    """A kernel, as the flagged of the `each` programs that this one looks at."""
     programs = math.prod(sizes)
     first = program.place[0] * each
     number = first + jnp.arange(each, dtype=i32)
