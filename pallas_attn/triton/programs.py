@@ -115,7 +115,7 @@ def key_tile(
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
     flip = plan.flip and kernel == "cols"
-    q0, k0, h = j * 0, j * bk, head * call.G
+    h, q0, k0 = head * call.G, j * 0, j * bk
     flag = program.flag
     return Tile(call, sight, where, b, h, q0, k0, bq, bk, flip=flip, flag=flag)
 

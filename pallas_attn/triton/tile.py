@@ -178,9 +178,13 @@ class Tile:
         """[bq] of a row statistic [B, N, T]; `other` past the end."""
         return self._vector(ref, (self.h,), self.q0, self.bq, other)
 
-    def put_rows(self, ref: Any, x: jax.Array) -> None:
-        """Store [bq, H] into an array [B, T, heads, H]."""
-        self.note(x)
+    def put_rows(self, ref: Any, x: jax.Array, *, noted: bool = False) -> None:
+        """Store [bq, H] into an array [B, T, heads, H].
+
+        noted: another result is not finite where this one is not.
+        """
+        if not noted:
+            self.note(x)
         _store(*self._matrix(ref, "q", stored=True), x, ref)
 
     def put_keys(self, ref: Any, x: jax.Array) -> None:

@@ -117,7 +117,7 @@ def output_kernel(
         p_v, u_v = p_v * rescale(call), u_v * rescale(call)
     first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
     t0.put_rows(out["o"], p_v - first_order[:, None] * u_v)
-    t0.put_rows(out["o2"], u_v / u[:, None])
+    t0.put_rows(out["o2"], u_v / u[:, None], noted=True)
     t0.put_stat(out["u"], u)
     t0.put_stat(out["level"], power.lowered(level, step))
     i = t0.q0 // i32(t0.bq)
