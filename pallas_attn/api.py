@@ -115,9 +115,9 @@ def dot_product_attention(
         o_i   = sum_{j in V(i)} exp(t_ij - lse_i) v_j
 
     A query that may attend to nothing has o = 0, lse = -inf and zero gradients; a key
-    to which a bias adds -1e30 or less has no weight (in the kernels it must be finite:
-    a mask hides NaN, a bias does not). With `Entmax(alpha, top_k)`, a = alpha - 1 and
-    V(i) cut to the top_k largest t:
+    to which a bias adds -1e30 or less has no weight, and NaN in it reaches nothing, as
+    with a mask (which the kernels hide faster). With `Entmax(alpha, top_k)`,
+    a = alpha - 1 and V(i) cut to the top_k largest t:
 
         o_i   = sum_{j in V(i)} p_ij v_j    where p_ij = max(0, a t_ij - tau_i)^(1/a)
 

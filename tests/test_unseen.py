@@ -54,23 +54,23 @@ ROWS = [
     Row("bias BNTS", "none", "dropout", (("H", 80), ("h", 80))),
     Row("bias 1NTS", "saturating", "cap scale"),
     Row("bias B11S", "alibi", "dropout", GROUPED),
+    Row("bias BNTS", "factored"),
+    Row("bias 1NTS", "factored", "learned scale", GROUPED),
+    Row("bias B11S", "alibi", "learned"),
+    Row("bias BNTS", "sum", "top scale"),
 ]
+NORMALIZER = {"learned": "entmax learned", "top": "entmax learned top 8"}
 
 
-# What a bias takes away must be finite in the kernels: there masks hide.
-CALLS = [
-    (row, name)
-    for row in ROWS
-    for name in implementations()
-    if name == "xla" or not row.veil.startswith("bias")
-]
+CALLS = [(row, name) for row in ROWS for name in implementations()]
 
 
 @pytest.mark.parametrize(("row", "implementation"), CALLS, ids=str)
 def test_poison_reaches_nothing(row, implementation):
     """NaN and inf in all that no place reads, cotangents too, change no result."""
     extra = row.extra.split()
-    normalizer = "entmax learned" if "learned" in extra else "softmax"
+    chosen = [NORMALIZER[x] for x in extra if x in NORMALIZER]
+    normalizer = chosen[0] if chosen else "softmax"
     case = Case(row.bias, normalizer=normalizer)
     case = case.at(**{"T": T, "S": S, "B": 2, **dict(row.sizes)})
     sizes, sample = case.sizes, case.sample()

@@ -42,7 +42,8 @@ def operands(problem: Problem) -> tuple[Operands, Call]:
     if not 1e-6 < call.scale < 1e6:
         query = (query.astype(f32) * call.scale).astype(query.dtype)
         call = replace(call, scale=1.0)
-    seen = sight(call, problem.visibility)
+    takes = any(term.hides for term in added.terms)
+    seen = sight(call, problem.visibility, takes=takes)
     return Operands(query, problem.key, problem.value, added, seen), call
 
 

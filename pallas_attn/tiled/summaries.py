@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -35,18 +35,25 @@ class Extremes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sight:
-    """The arrays of a Visibility, and extremes that rule out whole blocks."""
+    """The arrays of a Visibility, and extremes that rule out whole blocks.
+
+    takes: whether a bias may take keys away, as a mask hides them.
+    careful: whether to ask so of every pair: NaN there is then as a mask would have it.
+    """
 
     arrays: Visibility
     segments: tuple[Extremes, Extremes] | None = None  # of queries, of keys
     positions: tuple[Extremes, Extremes] | None = None
+    takes: bool = field(default=False, metadata={"static": True})
+    careful: bool = field(default=False, metadata={"static": True})
 
     @property
     def veiled(self) -> bool:
         """Whether any tile may have invisible pairs in places that only arrays tell."""
         arrays = self.arrays
         return (
-            arrays.placed
+            self.careful
+            or arrays.placed
             or arrays.query_segments is not None
             or arrays.mask is not None
         )
@@ -68,8 +75,8 @@ class Frame:
     seed: tuple[Any, ...] | None = None  # of dropout
 
 
-def sight(call: Call, visibility: Visibility) -> Sight:
-    """What the kernels get of a Visibility."""
+def sight(call: Call, visibility: Visibility, *, takes: bool = False) -> Sight:
+    """What the kernels get of a Visibility; takes: as `Sight` has it."""
     segments = positions = None
     if visibility.query_segments is not None:
         assert visibility.key_segments is not None
@@ -83,7 +90,7 @@ def sight(call: Call, visibility: Visibility) -> Sight:
             extremes(visibility.query_positions),
             extremes(visibility.key_positions),
         )
-    return Sight(visibility, segments, positions)
+    return Sight(visibility, segments, positions, takes)
 
 
 def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:

@@ -17,6 +17,7 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.dropout import rescale
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import (
     frame_of,
     key_tile,
@@ -42,10 +43,11 @@ def rows_kernel(
     out: dict[str, Any],
     *,
     call: Call,
+    program: Program,
     plan: Plan,
 ) -> None:
     """For one query block: dq, the query side of products, row-owned fields."""
-    t0 = query_tile(ops.sight, call, plan, "rows")
+    t0 = query_tile(ops.sight, call, plan, "rows", program)
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
     stats = cot.of_rows(t0)
@@ -53,7 +55,7 @@ def rows_kernel(
 
     def step(t: Tile, state: Any) -> Any:
         k, v, ks = t.keys(ops.k), t.keys(ops.v), [t.keys(b) for _, b in products]
-        terms = on_tile(ops.added, t, held)
+        t, terms = on_tile(ops.added, t, held)
         _, u, ds, dqk, visible = weights_and_ds(
             t, (q, k, v, do), (qs, ks), terms, stats
         )
@@ -100,7 +102,9 @@ def rows_kernel(
         beyond = total if cot.dlse is None else total - t0.stat(cot.dlse)
         beyond = stats.in_units_of_u(beyond)
         for f, (x, y) in fields.items():
-            t0.put_stat(out["fields"][f], jnp.where(some, x - beyond * y, 0.0))
+            grad = jnp.where(some, x - beyond * y, 0.0)
+            t0.note(grad)
+            t0.put_stat(out["fields"][f], grad)
         if plan.settled:
             t0.put_stat(out["beyond"], jnp.where(some, beyond, 0.0))
     report(out["visits"], t0, t0.q0 // i32(t0.bq), visits)
@@ -113,6 +117,7 @@ def cols_kernel(
     out: dict[str, Any],
     *,
     call: Call,
+    program: Program,
     plan: Plan,
 ) -> None:
     """For one key block of one key head: dk and dv.
@@ -120,10 +125,12 @@ def cols_kernel(
     Per query head also the key side of products and the fields per key; and dS itself,
     if the plan stores it.
     """
-    x0 = key_tile(ops.sight, call, plan, "cols")
+    x0 = key_tile(ops.sight, call, plan, "cols", program)
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
+    if not plan.dk:  # a dS that is not finite shows in dk; in dv only if its weight is
+        x0.note(v)
     ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
@@ -135,7 +142,7 @@ def cols_kernel(
 
         def step(t: Tile, state: Any) -> Any:
             q, do, qs = t.rows(ops.q), t.rows(cot.do), [t.rows(a) for a, _ in products]
-            terms = on_tile(ops.added, t, held)
+            t, terms = on_tile(ops.added, t, held)
             p, _, ds, dqk, visible = weights_and_ds(
                 t, (q, k, v, do), (qs, ks), terms, cot.of_rows(t)
             )
@@ -201,6 +208,7 @@ def tiles_kernel(
     out: Any,
     *,
     call: Call,
+    program: Program,
     plan: Plan,
     field: Field,
     runs: int,
@@ -215,7 +223,7 @@ def tiles_kernel(
     array = field.of(ops.added.terms)
     own_b, own_h = array.shape[:2]
     share = (call.B if own_b == 1 else 1) * (call.N if own_h == 1 else 1)
-    j, i, g = (pl.program_id(axis) for axis in range(3))
+    j, i, g = program.place
     run, g = g % runs, g // runs
     b0, h0 = g // own_h, g % own_h
     each = pl.cdiv(share, runs)
@@ -223,13 +231,14 @@ def tiles_kernel(
 
     def at(b: Any, h: Any) -> Tile:
         where = frame_of(call, ops.sight, b)
-        return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk)
+        flag = program.flag
+        return Tile(call, ops.sight, where, b, h, i * bq, j * bk, bq, bk, flag=flag)
 
     t0 = at(b0, h0)
     held = {field: t0.field(field.home, array)}
 
     def add(t: Tile, acc: jax.Array) -> jax.Array:
-        terms = on_tile(ops.added, t, held)
+        t, terms = on_tile(ops.added, t, held)
         products = ops.added.products
         _, _, ds, _, visible = weights_and_ds(
             t,
@@ -249,4 +258,5 @@ def tiles_kernel(
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)
     acc = lax.fori_loop(i32(lo), i32(hi), body, jnp.zeros((bq, bk), f32))
+    t0.note(acc)
     t0.put_pair(out, acc, run * own_b + b0, h0)

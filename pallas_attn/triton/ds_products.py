@@ -12,6 +12,7 @@ from jax import lax
 from pallas_attn.call import Call
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_tile, keys_of, queries_of, query_tile
 from pallas_attn.triton.tile import at_keys, at_queries, Tile, zeros
 
@@ -20,31 +21,47 @@ i32 = jnp.int32
 
 
 def thin_rows_kernel(
-    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+    ds_ref: Any,
+    y_ref: Any,
+    sight: Any,
+    out: Any,
+    *,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Scale dS Y of one query block, from a stored dS and an array per key."""
-    t0 = query_tile(sight, call, plan, "thin_rows")
+    t0 = query_tile(sight, call, plan, "thin_rows", program)
     w = keys_of(t0, two=False)
 
     def step(t: Tile, acc: jax.Array) -> jax.Array:
-        y = t.seen_keys(_veil(t), t.keys(y_ref))
-        return acc + t.dot(t.pair(ds_ref).astype(y.dtype), y)
+        y, ds = t.keys(y_ref), t.pair(ds_ref)
+        y = t.seen_keys(_veil(t, ds), y)
+        return acc + t.dot(ds.astype(y.dtype), y)
 
     acc = _thin_loop(w, t0, at_keys, step, zeros(t0.bq, y_ref))
     t0.put_rows(out, acc * call.scale)
 
 
 def thin_cols_kernel(
-    ds_ref: Any, y_ref: Any, sight: Any, out: Any, *, call: Call, plan: Plan
+    ds_ref: Any,
+    y_ref: Any,
+    sight: Any,
+    out: Any,
+    *,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Scale dS^T Y of one key block, summed over the query heads of its key head."""
-    t0 = key_tile(sight, call, plan, "thin_cols")
+    t0 = key_tile(sight, call, plan, "thin_cols", program)
     w, first = queries_of(t0, two=False), t0.h
 
     def of_head(h: Any, acc: jax.Array) -> jax.Array:
         def step(t: Tile, acc: jax.Array) -> jax.Array:
-            y = t.seen_queries(_veil(t), t.rows(y_ref))
-            return acc + t.dot(t.pair(ds_ref).astype(y.dtype).T, y)
+            y, ds = t.rows(y_ref), t.pair(ds_ref)
+            y = t.seen_queries(_veil(t, ds), y)
+            return acc + t.dot(ds.astype(y.dtype).T, y)
 
         return _thin_loop(w, replace(t0, h=h), at_queries, step, acc)
 
@@ -65,6 +82,11 @@ def _thin_loop(
     )
 
 
-def _veil(t: Tile) -> jax.Array | None:
-    """Which pairs are visible, where 0 may meet what is not finite."""
+def _veil(t: Tile, ds: jax.Array) -> jax.Array | None:
+    """Which pairs are visible, where 0 may meet what is not finite.
+
+    With care: those with a gradient, for what a bias takes away has none.
+    """
+    if t.sight.careful:
+        return ds != 0
     return t.visible if t.sight.veiled else None

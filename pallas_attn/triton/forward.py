@@ -24,6 +24,7 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
 from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import keys_of, query_tile, report
 from pallas_attn.triton.pruning import far_keys, Pruning, visits
 from pallas_attn.triton.ptx import exp2
@@ -42,10 +43,16 @@ i32 = jnp.int32
 
 
 def forward_kernel(
-    ops: Operands, pruning: Pruning, out: dict[str, Any], *, call: Call, plan: Plan
+    ops: Operands,
+    pruning: Pruning,
+    out: dict[str, Any],
+    *,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Output and log2-sum of one query block."""
-    t0 = query_tile(ops.sight, call, plan, "forward")
+    t0 = query_tile(ops.sight, call, plan, "forward", program)
     w = keys_of(t0, plan.two)
     mul = call.scale * LOG2E
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,6 +27,18 @@ warnings.filterwarnings(
 )
 
 
+@dataclass(frozen=True)
+class Program:
+    """Which program of a launch a kernel is run as.
+
+    place: its number along each axis of the grid.
+    flag: (ref, entry): where it says that a result is not finite; None: nobody asks.
+    """
+
+    place: tuple[Any, ...]
+    flag: tuple[Any, Any] | None = None
+
+
 def launch(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
@@ -36,24 +48,31 @@ def launch(
     block: Block,
     *,
     into: Any = None,
+    name: str = "",
     **static: Any,
 ) -> Any:
-    """Run kernel(*input_refs, *output_refs, call=..., **static) on every grid point.
+    """Run kernel(*input_refs, *output_refs, call=, program=, **static) on a grid.
 
     into: arrays like the outputs, which the kernel's stores change and the rest stays.
+    name: of the kernel, where it is not its function's.
     """
     inputs = jax.tree.map(within_reach, inputs)
     assert all(within_reach(x) is x for x in jax.tree.leaves((outputs, into)))
     axes = varying(inputs)
     inputs, into = lifted(inputs, axes), lifted(into, axes)
-    bound = functools.partial(kernel, call=call, **static)
-    bound.__name__ = kernel.__name__  # pyright: ignore[reportAttributeAccessIssue]
+    name = name or kernel.__name__
+
+    def bound(*refs: Any) -> None:
+        program = Program(tuple(pl.program_id(axis) for axis in range(len(grid))))
+        kernel(*refs, call=call, program=program, **static)
+
+    bound.__name__ = name
     run: Any = pl.pallas_call(
         bound,
         grid=grid,
         out_shape=over(outputs, frozenset() if call.interpret else axes),
         interpret=call.interpret,
-        name=kernel.__name__,
+        name=name,
         input_output_aliases=_aliases(inputs, into),
         compiler_params=plgpu.CompilerParams(
             num_warps=block.num_warps, num_stages=block.num_stages

@@ -17,6 +17,7 @@ from pallas_attn.tiled.operands import Operands, Residuals
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import extremes, GRAIN
+from pallas_attn.triton.again import launch_watched
 from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
@@ -134,7 +135,7 @@ def tiles(
     rows, cols = pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_k)
     share = (call.B if b == 1 else 1) * (call.N if h == 1 else 1)
     runs = min(pl.cdiv(1024, rows * cols * b * h), pl.cdiv(share, 8))
-    out = launch(
+    out = launch_watched(
         tiles_kernel,
         (cols, rows, b * h * runs),
         (ops, cot, blocks),
@@ -162,7 +163,7 @@ def thin_cols(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan)
 
 def _run(kernel: Any, name: str, inputs: Any, outputs: Any, call: Call, p: Plan) -> Any:
     grid, block = grid_of(call, p, name), block_of(call, p, name)
-    return launch(kernel, grid.shape, inputs, outputs, call, block, plan=p)
+    return launch_watched(kernel, grid.shape, inputs, outputs, call, block, plan=p)
 
 
 def _per_row(call: Call) -> jax.ShapeDtypeStruct:

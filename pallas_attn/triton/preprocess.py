@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.summaries import GRAIN, Sight
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.scores import squared_norm
 from pallas_attn.triton.tile import store_number, Tile
@@ -18,10 +18,17 @@ f32 = jnp.float32
 
 
 def norms_kernel(
-    k_ref: Any, v_ref: Any, bs: list[Any], sight: Sight, norms_ref: Any, *, call: Call
+    k_ref: Any,
+    v_ref: Any,
+    bs: list[Any],
+    sight: Sight,
+    norms_ref: Any,
+    *,
+    call: Call,
+    program: Program,
 ) -> None:
     """The largest |[k, B]| of a grain of keys; NaN where k, B or v is not finite."""
-    b, h, j = (pl.program_id(i) for i in range(3))
+    b, h, j = program.place
     head = h * (call.N // norms_ref.shape[1])
     where = frame_of(call, sight, b)
     t = Tile(call, sight, where, b, head, j * 0, j * GRAIN, GRAIN, GRAIN)
@@ -41,12 +48,13 @@ def delta_kernel(
     floor_ref: Any,
     *,
     call: Call,
+    program: Program,
 ) -> None:
     """The delta <do, o> - dlse, 0 in empty rows; the least log2-sum of a grain of rows.
 
     That floor is NaN where a cotangent is not finite: such queries are never left out.
     """
-    b, h, i = (pl.program_id(i) for i in range(3))
+    b, h, i = program.place
     where = frame_of(call, sight, b)
     t = Tile(call, sight, where, b, h, i * GRAIN, i * 0, GRAIN, GRAIN)
     lse = t.stat(lse_ref, jnp.inf)

@@ -22,6 +22,7 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import frame, Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import load_number, store_number, Tile
 
@@ -52,12 +53,12 @@ class Grid:
             return (self.heads, self.batch, self.blocks)
         return (self.blocks, self.heads, self.batch)
 
-    def place(self) -> tuple[Any, Any, Any]:
-        """(batch entry, head, block) of this program."""
+    def place(self, program: Program) -> tuple[Any, Any, Any]:
+        """(batch entry, head, block) of a program."""
         if self.flock > 1:
-            entry, block, head, group = (pl.program_id(i) for i in range(4))
+            entry, block, head, group = program.place
             return group * self.flock + entry, head, block
-        x, y, z = (pl.program_id(i) for i in range(3))
+        x, y, z = program.place
         return (y, x, z) if self.long_first else (z, y, x)
 
 
@@ -91,25 +92,32 @@ def frame_of(call: Call, sight: Sight, b: Any) -> Any:
     return replace(found, seed=words)
 
 
-def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:
-    """The query block that this program owns; its first key block."""
+def query_tile(
+    sight: Sight, call: Call, plan: Plan, kernel: str, program: Program
+) -> Tile:
+    """The query block that a program owns; its first key block."""
     grid, block = grid_of(call, plan, kernel), block_of(call, plan, kernel)
-    b, h, i = grid.place()
+    b, h, i = grid.place(program)
     if call.causal:  # long programs first
         i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
-    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk)
+    flag = program.flag
+    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk, flag=flag)
 
 
-def key_tile(sight: Sight, call: Call, plan: Plan, kernel: str) -> Tile:
-    """The key block that this program owns, of the first query head of its key head."""
+def key_tile(
+    sight: Sight, call: Call, plan: Plan, kernel: str, program: Program
+) -> Tile:
+    """The key block that a program owns, of the first query head of its key head."""
     grid, block = grid_of(call, plan, kernel), block_of(call, plan, kernel)
-    b, head, j = grid.place()
+    b, head, j = grid.place(program)
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
     flip = plan.flip and kernel == "cols"
-    return Tile(call, sight, where, b, head * call.G, j * 0, j * bk, bq, bk, flip=flip)
+    h, q0, k0 = head * call.G, j * 0, j * bk
+    flag = program.flag
+    return Tile(call, sight, where, b, h, q0, k0, bq, bk, flip=flip, flag=flag)
 
 
 def keys_of(t: Tile, two: bool) -> schedule.Walk:

@@ -44,6 +44,19 @@ def sigmoid(call: Call, x: jax.Array, scale: float, *, precise: bool) -> jax.Arr
     return 0.5 * tanh(0.5 * scale * x) + 0.5
 
 
+def larger(call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The larger of two, and NaN if one is; Triton's own maximum drops it."""
+    if call.interpret:
+        return jnp.maximum(x, y)
+    return _inline("max.NaN.f32 $0, $1, $2;", x, f32, y)
+
+
+def barrier(call: Call) -> None:
+    """Waits until all threads of a program are here, and what they stored is seen."""
+    if not call.interpret:
+        plgpu.debug_barrier()
+
+
 def uniform(call: Call, x: Any) -> Any:
     """The same integer in a uniform register.
 
@@ -58,9 +71,10 @@ def uniform(call: Call, x: Any) -> Any:
     return jnp.max(same)
 
 
-def _inline(asm: str, x: jax.Array, dtype: Any) -> jax.Array:
-    kind = "=f,f" if dtype == f32 else "=r,r"
+def _inline(asm: str, x: jax.Array, dtype: Any, *more: jax.Array) -> jax.Array:
+    register = "f" if dtype == f32 else "r"
+    kind = ",".join([f"={register}", *[register] * (1 + len(more))])
     out = jax.ShapeDtypeStruct(x.shape, dtype)
     return plgpu.elementwise_inline_asm(
-        asm, args=[x], constraints=kind, pack=1, result_shape_dtypes=[out]
+        asm, args=[x, *more], constraints=kind, pack=1, result_shape_dtypes=[out]
     )[0]

@@ -66,7 +66,8 @@ def row_scores(
     inverse = 1.0 / t.call.scale
     several = len(added.terms) + len(added.products) > 1
     x, _ = dots(t, q, t.keys(k), qs, [t.keys(b) for _, b in added.products])
-    row, rest = parts(on_tile(added, t, held), t)
+    t, terms = on_tile(added, t, held)
+    row, rest = parts(terms, t)
     for r in weightless(rest, several):
         # Not `+ r`: that would become the dot's accumulator, whose load Triton does
         # not pipeline.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.bias.base import Added, Bias, parts_of
+from pallas_attn.call import NO_WEIGHT
 from pallas_attn.tiled.fields import (
     Field,
     fields,
@@ -27,14 +29,32 @@ def hold(added: Added, t: Tile, spans: Iterable[str]) -> dict[Field, Any]:
     return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
 
 
-def on_tile(added: Added, t: Tile, held: dict[Field, Any]) -> tuple[Bias, ...]:
-    """The terms with their fields loaded on this tile, those in `held` as they are."""
+def on_tile(
+    added: Added, t: Tile, held: dict[Field, Any]
+) -> tuple[Tile, tuple[Bias, ...]]:
+    """The terms with their fields loaded on this tile, those in `held` as they are.
+
+    And the tile, without the pairs that they take away if `Sight.careful` asks for it.
+    """
     rest = {f: t.field(f.home, x) for f, x in fields(added).items() if f not in held}
-    if not all(f.additive for f in rest):
+    if t.sight.careful:
+        t = replace(t, kept=_kept(with_fields(added, held | rest), t))
+    if t.sight.careful or not all(f.additive for f in rest):
         # A derivative of what nobody sees may not be finite; 0 times it is not 0.
         visible = t.visible
         rest = {f: t.seen_part(visible, x) for f, x in rest.items()}
-    return with_fields(added, held | rest)
+    return t, with_fields(added, held | rest)
+
+
+def _kept(terms: tuple[Bias, ...], t: Tile) -> jax.Array:
+    """The visible pairs that no term, nor the sum of all, takes away."""
+    values = [functools.reduce(jnp.add, parts_of(term.tile(t))) for term in terms]
+    whole = functools.reduce(jnp.add, values)
+    checks = [jnp.broadcast_to(~(x <= NO_WEIGHT), t.shape) for x in (*values, whole)]
+    visible = t.visible
+    return functools.reduce(
+        jnp.logical_and, checks if visible is None else [visible, *checks]
+    )
 
 
 def parts(terms: tuple[Bias, ...], t: Tile) -> tuple[Any, list[jax.Array]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,8 @@ class Tile:
     flip: bool = False
     edge: bool = True
     loaded: tuple[jax.Array, jax.Array] | None = None  # explicit positions, if read
+    kept: jax.Array | None = None  # `visible` less what a bias takes, once looked at
+    flag: tuple[Any, Any] | None = None  # as `launch.Program` has it
 
     # What a term may use.
 
@@ -117,6 +120,8 @@ class Tile:
     def visible(self) -> jax.Array | None:
         """Which pairs may attend, [tile]; None if that hides nothing here."""
         call, arrays, checks = self.call, self.sight.arrays, []
+        if self.kept is not None:
+            return self.kept
         if not self.edge:
             return None
         if not cut_evenly(self.frame.keys, call.S, self.bk):
@@ -173,12 +178,18 @@ class Tile:
         """[bq] of a row statistic [B, N, T]; `other` past the end."""
         return self._vector(ref, (self.h,), self.q0, self.bq, other)
 
-    def put_rows(self, ref: Any, x: jax.Array) -> None:
-        """Store [bq, H] into an array [B, T, heads, H]."""
+    def put_rows(self, ref: Any, x: jax.Array, *, noted: bool = False) -> None:
+        """Store [bq, H] into an array [B, T, heads, H].
+
+        noted: another result is not finite where this one is not.
+        """
+        if not noted:
+            self.note(x)
         _store(*self._matrix(ref, "q", stored=True), x, ref)
 
     def put_keys(self, ref: Any, x: jax.Array) -> None:
         """Store [bk, H] into an array [B, S, heads, H]."""
+        self.note(x)
         _store(*self._matrix(ref, "k", stored=True), x, ref)
 
     def put_stat(self, ref: Any, x: jax.Array) -> None:
@@ -187,6 +198,7 @@ class Tile:
 
     def put_key_stat(self, ref: Any, x: jax.Array) -> None:
         """Store [bk] into [B, N, S]."""
+        self.note(x)
         self._put_vector(ref, self.k0, self.bk, x)
 
     def carry(self, ref: Any, lead: tuple[Any, ...], which: int) -> jax.Array:
@@ -211,6 +223,25 @@ class Tile:
     def put_pair(self, ref: Any, x: jax.Array, b: Any = None, h: Any = None) -> None:
         """Store a tile [bq, bk] into an array [#B, #N, T, S], at (b, h) if given."""
         _store(*self._pair(ref, False, b, h), x, ref)
+
+    def note(self, x: jax.Array) -> None:
+        """Set the program's flag, if it has one, where x is not finite."""
+        self.note_where(lambda: ~(_lasting(x) == 0))
+
+    def note_where(self, strange: Callable[[], jax.Array]) -> None:
+        """The same where something is strange; nothing is computed without a flag.
+
+        Each thread stores for what it holds, the same number to the same place: to look
+        across threads first would take a barrier.
+        """
+        if self.flag is None:
+            return
+        ref, number = self.flag
+        bad = strange()
+        at = jnp.broadcast_to(number, bad.shape)
+        if self.call.interpret:  # it writes the old value back where a mask is False
+            at = jnp.where(bad, at, ref.shape[0])
+        plgpu.store(ref.at[(at,)], jnp.ones(bad.shape, ref.dtype), mask=bad)
 
     def field(self, home: str, ref: Any) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
@@ -425,6 +456,11 @@ def load_number(ref: Any, index: tuple[Any, ...]) -> jax.Array:
 def store_number(ref: Any, index: tuple[Any, ...], x: Any) -> None:
     """Write one entry of an array."""
     plgpu.store(ref.at[index], jnp.asarray(x).astype(ref.dtype))
+
+
+def _lasting(x: jax.Array) -> jax.Array:
+    """0 of a row whose entries are finite, else NaN; of a vector so each entry."""
+    return jnp.sum(x - x, 1) if x.ndim > 1 else x - x
 
 
 def _iota(n: int) -> jax.Array:

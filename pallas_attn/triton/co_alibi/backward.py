@@ -21,6 +21,7 @@ from pallas_attn.triton.co_alibi.operands import Operands, Saved
 from pallas_attn.triton.co_alibi.plan import key_tile, Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
 from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs, query_runs
 from pallas_attn.triton.ptx import exp2, uniform
 from pallas_attn.triton.scores import dots, uncapped
@@ -40,11 +41,17 @@ i32 = jnp.int32
 
 
 def rows_kernel(
-    ops: Operands, saved: Saved, ones: Triangles, *refs: Any, call: Call, plan: Plan
+    ops: Operands,
+    saved: Saved,
+    ones: Triangles,
+    *refs: Any,
+    call: Call,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """For one query block: dq, its part of dm, and the carries of cols."""
     *_, out, carry = refs  # before them, if a group stores into arrays: those
-    t0 = query_tile(ops.sight, call, plan, "rows", saved.start)
+    t0 = query_tile(ops.sight, call, plan, "rows", saved.start, program)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
     sums, mul = Sums.of(call, ones, flip=False), call.scale * LOG2E
     q, do, delta = t0.rows(ops.q), t0.rows(saved.do), t0.stat(saved.delta)
@@ -102,11 +109,12 @@ def cols_kernel(
     ones: Triangles,
     *refs: Any,
     call: Call,
+    program: Program,
     plan: Plan,
 ) -> None:
     """For one key block of one key head: dk and dv."""
     *_, out = refs
-    x0 = key_tile(ops.sight, call, plan, saved.start)
+    x0 = key_tile(ops.sight, call, plan, saved.start, program)
     at, sums = query_runs(x0), Sums.of(call, ones, flip=True)
     k, v = x0.keys(ops.k), x0.keys(ops.v)
     mul, ratio = call.scale * LOG2E, plan.forward.block_q // plan.cols.block_q

@@ -18,6 +18,7 @@ from pallas_attn.triton.co_alibi.operands import Operands
 from pallas_attn.triton.co_alibi.plan import Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import add, gates, Slope, Sums, Triangles
 from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs
 from pallas_attn.triton.ptx import exp2, uniform
 from pallas_attn.triton.scores import dots, squared_norm
@@ -43,6 +44,7 @@ def forward_kernel(
     out: dict[str, Any],
     *,
     call: Call,
+    program: Program,
     plan: Plan,
     graded: bool,
 ) -> None:
@@ -52,7 +54,7 @@ def forward_kernel(
     The state is (acc, u, l, z): z the gates of the keys so far and u a reference, so
     that the exponents of the next tile count from u + falls z.
     """
-    t0 = query_tile(ops.sight, call, plan, "forward", None)
+    t0 = query_tile(ops.sight, call, plan, "forward", None, program)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
     q, sums, mul = t0.rows(ops.q), Sums.of(call, ones, flip=False), call.scale * LOG2E
 

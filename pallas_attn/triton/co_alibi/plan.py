@@ -12,6 +12,7 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.blocks import shipped_of_co_alibi
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, Tile
 
@@ -78,10 +79,12 @@ def grid_of(call: Call, kernel: str, plan: Plan) -> Grid:
     return Grid(plan.batch, plan.heads, blocks, long_first=True)
 
 
-def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str, start: Any) -> Tile:
-    """The query block that this program owns; start: of the group, (entry, head)."""
+def query_tile(
+    sight: Sight, call: Call, plan: Plan, kernel: str, start: Any, program: Program
+) -> Tile:
+    """The query block that a program owns; start: of the group, (entry, head)."""
     grid, block = grid_of(call, kernel, plan), getattr(plan, kernel)
-    b, h, i = grid.place()
+    b, h, i = grid.place(program)
     b, h = b + _number(start, 0), h + _number(start, 1) * call.G
     i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
@@ -89,9 +92,11 @@ def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str, start: Any) ->
     return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk)
 
 
-def key_tile(sight: Sight, call: Call, plan: Plan, start: Any) -> Tile:
-    """The key block that this program owns, of the first query head of its key head."""
-    b, head, j = grid_of(call, "cols", plan).place()
+def key_tile(
+    sight: Sight, call: Call, plan: Plan, start: Any, program: Program
+) -> Tile:
+    """The key block that a program owns, of the first query head of its key head."""
+    b, head, j = grid_of(call, "cols", plan).place(program)
     b, head = b + _number(start, 0), head + _number(start, 1)
     bq, bk = plan.cols.block_q, plan.block_k
     where = frame_of(call, sight, b)

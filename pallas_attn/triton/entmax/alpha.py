@@ -13,6 +13,7 @@ from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.operands import Cotangents
 from pallas_attn.triton.entmax.support import Support
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile
 from pallas_attn.triton.scores import row_scores
 from pallas_attn.triton.terms import hold
@@ -30,6 +31,7 @@ def alpha_kernel(
     out: Any,
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
 ) -> None:
     """The sum of p h (dP - delta) over the keys of each row, h = dlog p / dalpha.
@@ -38,7 +40,7 @@ def alpha_kernel(
     to it, which meets dP - delta and is 0. As in rows, what rounding left of that sum
     u (dP - delta), beyond what is expected of it, is taken off delta.
     """
-    t0 = query_tile(ops.sight, call, plan, "rows")
+    t0 = query_tile(ops.sight, call, plan, "rows", program)
     q = t0.rows(ops.q)
     qs = [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
@@ -69,4 +71,6 @@ def alpha_kernel(
     if expected is not None:
         by_u = by_u - t0.stat(expected)
     total = total - stats.in_units_of_u(by_u) * by_h
-    t0.put_stat(out, jnp.where(stats.attends, total, 0.0))
+    total = jnp.where(stats.attends, total, 0.0)
+    t0.note(total)
+    t0.put_stat(out, total)

@@ -13,6 +13,7 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.sweep import sweep_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile, report
 from pallas_attn.triton.tile import Tile
 
@@ -22,10 +23,17 @@ i32 = jnp.int32
 
 
 def census_kernel(
-    ops: Operands, alpha: Any, stats: Any, out: Any, *, call: SparseCall, plan: Plan
+    ops: Operands,
+    alpha: Any,
+    stats: Any,
+    out: Any,
+    *,
+    call: SparseCall,
+    program: Program,
+    plan: Plan,
 ) -> None:
     """Of each row the keys that are visible, and those above its threshold; blocks."""
-    t0 = query_tile(ops.sight, call, plan, "forward")
+    t0 = query_tile(ops.sight, call, plan, "forward", program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, floor = sweep_of(t0, ops, plan), lowest(call.scale)
     m, level = t0.stat(stats["m"], jnp.inf), t0.stat(stats["level"])

@@ -16,6 +16,7 @@ from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.support import mark, Support
 from pallas_attn.triton.entmax.sweep import sweep_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile, report
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import store_row, Tile, zeros
@@ -39,6 +40,7 @@ def output_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     words: int,
     tolerance: float,
@@ -55,7 +57,7 @@ def output_kernel(
 
     words: of the bits of a query block, to be marked here; 0 if the first pass did.
     """
-    t0 = query_tile(ops.sight, call, plan, "forward")
+    t0 = query_tile(ops.sight, call, plan, "forward", program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
@@ -115,7 +117,7 @@ def output_kernel(
         p_v, u_v = p_v * rescale(call), u_v * rescale(call)
     first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
     t0.put_rows(out["o"], p_v - first_order[:, None] * u_v)
-    t0.put_rows(out["o2"], u_v / u[:, None])
+    t0.put_rows(out["o2"], u_v / u[:, None], noted=True)
     t0.put_stat(out["u"], u)
     t0.put_stat(out["level"], power.lowered(level, step))
     i = t0.q0 // i32(t0.bq)

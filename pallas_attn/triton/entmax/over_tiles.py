@@ -16,6 +16,7 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import passes
+from pallas_attn.triton.again import launch_watched
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.entmax.alpha import alpha_kernel
 from pallas_attn.triton.entmax.blocks import with_wide_keys
@@ -83,7 +84,7 @@ def backward(
     if total is not None and share is not None:
         cot = replace(cot, delta=delta + jnp.where(still, share, 0.0))
         expected = jnp.where(still, 0.0, total)
-    rows = launch(
+    rows = launch_watched(
         alpha_kernel,
         grid_of(call, p, "rows").shape,
         (res.ops, cot, expected, support),
@@ -108,7 +109,7 @@ def _slots(ops: Operands, alpha: Any, call: SparseCall, p: Plan) -> dict[str, Ar
     outputs = {"m": rows, "level": rows, "r": rows}
     if words:
         outputs["bits"] = _bits(call, grid.blocks, words)
-    return launch(
+    return launch_watched(
         slots_kernel,
         grid.shape,
         (ops, alpha, passes.grains(ops, call, p)),
@@ -136,7 +137,7 @@ def _output(
     if words:
         outputs["bits"] = _bits(call, grid.blocks, words)
     share = CORNERS if call.alpha == 2 else TOLERANCE
-    return launch(
+    return launch_watched(
         output_kernel,
         grid.shape,
         (ops, alpha, found),

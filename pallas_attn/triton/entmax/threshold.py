@@ -8,6 +8,7 @@ hold its support.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,9 @@ from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.support import mark
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile
+from pallas_attn.triton.ptx import larger
 from pallas_attn.triton.tile import store_row, Tile
 
 
@@ -49,6 +52,7 @@ def slots_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     words: int,
 ) -> None:
@@ -57,7 +61,7 @@ def slots_kernel(
     With words also a bit for each key block with a score above that threshold: one more
     sweep, which pays where a bound leaves few blocks and fewer of them have weight.
     """
-    t0 = query_tile(ops.sight, call, plan, "forward")
+    t0 = query_tile(ops.sight, call, plan, "forward", program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
@@ -94,11 +98,12 @@ def fill(
     far ones whose bound is that far below every row's largest score are left out.
     """
     sweep = sweep_of(t0, ops, plan)
+    most = jnp.maximum if t0.flag is None else functools.partial(larger, t0.call)
 
     def keep(t: Tile, tops: Any) -> Any:
         x = sweep.whole(t)
         first, second = tops
-        return jnp.maximum(first, x), jnp.maximum(second, jnp.minimum(first, x))
+        return most(first, x), jnp.maximum(second, jnp.minimum(first, x))
 
     empty = jnp.full((t0.bq, t0.bk), -jnp.inf, f32)
     tops = sweep.near_loop(keep, (empty, empty))
@@ -106,6 +111,7 @@ def fill(
         m = jnp.max(tops[0], 1)
         sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), grains, power)
     tops = sweep.far_loop(keep, tops)
+    t0.note_where(lambda: ~(tops[0] < jnp.inf))
     m = jnp.max(tops[0], 1)
     some = t0.inside_rows() & ~(m <= lowest(t0.call.scale))
     return Slots(sweep, jnp.where(some, m, jnp.inf), tops)

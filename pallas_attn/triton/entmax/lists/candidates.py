@@ -28,6 +28,7 @@ from pallas_attn.triton.entmax.lists.pairs import row_tile, scatter_listed
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.entmax.threshold import fill, slot_level, Slots
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs, side_of
 from pallas_attn.triton.pruning import largest_scores
 from pallas_attn.triton.ptx import uniform
@@ -62,11 +63,12 @@ def list_candidates_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     cut: Block,
 ) -> None:
     """The bound of each row, and the keys at or above it as words of bits."""
-    t0 = row_tile(ops.sight, call, cut)
+    t0 = row_tile(ops.sight, call, cut, program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
@@ -226,6 +228,7 @@ def list_overflow_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     cut: Block,
 ) -> None:
@@ -234,7 +237,7 @@ def list_overflow_kernel(
     Their bounds rise, bit by bit, until there are at least k and at most as many as a
     list holds; where more than that are equal, the first of them by key index.
     """
-    t0 = row_tile(ops.sight, call, cut)
+    t0 = row_tile(ops.sight, call, cut, program)
     assert call.top_k is not None
     keys, k = t0.stat(stats["keys"], 0), call.top_k
     most = out["words"].shape[-1]

@@ -29,6 +29,7 @@ from pallas_attn.triton.entmax.lists.pairs import (
     width_of,
 )
 from pallas_attn.triton.entmax.power import power_of
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.scores import capped, times
@@ -79,10 +80,17 @@ def _vectors(t0: Tile, ref: Any) -> jax.Array:
 
 
 def list_output_kernel(
-    lists: Any, v: Any, sight: Sight, out: Any, *, call: SparseCall, cut: Block
+    lists: Any,
+    v: Any,
+    sight: Sight,
+    out: Any,
+    *,
+    call: SparseCall,
+    program: Program,
+    cut: Block,
 ) -> None:
     """The output: sum p v."""
-    t0 = row_tile(sight, call, cut)
+    t0 = row_tile(sight, call, cut, program)
 
     def add(first: Any, t: Pairs, acc: jax.Array) -> jax.Array:
         p, drop = listed(t0, lists.p, first, t0.bk, t.ok), _drop(t)
@@ -106,6 +114,7 @@ def list_delta_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     cut: Block,
 ) -> None:
     """The numbers dP = <do, v>, delta = (sum u dP - total) / sum u, and dL/dalpha.
@@ -116,7 +125,7 @@ def list_delta_kernel(
     by sum p h / sum u, so that a row has
         dL/dalpha = sum p h (dP - delta) + dtau (m + L)
     """
-    t0 = row_tile(sight, call, cut)
+    t0 = row_tile(sight, call, cut, program)
     power = power_of(call, alpha, t0.b, t0.h)
     rows = t0.rows(do).astype(f32)[:, None, :]
 
@@ -174,6 +183,7 @@ def list_rows_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     cut: Block,
 ) -> None:
@@ -182,7 +192,7 @@ def list_rows_kernel(
     Under a soft cap also those of q.k in them, where somebody asks. Of a field along
     queries and keys, its gradient for every entry.
     """
-    t0 = row_tile(ops.sight, call, cut)
+    t0 = row_tile(ops.sight, call, cut, program)
     delta, products = t0.stat(stats["delta"])[:, None], ops.added.products
     held = hold(ops.added, t0, ("", "q"))
     q = None if call.soft_cap is None else t0.rows(ops.q).astype(f32)[:, None, :]
@@ -196,7 +206,8 @@ def list_rows_kernel(
         dp = listed(t0, stats["dp"], first, t0.bk, t.ok)
         ds = jnp.where(t.ok, u * (dp - delta), 0.0)
         put_listed(t0, out["ds"], first, ds, t.ok)
-        grads = pullback(on_tile(ops.added, t, held), mine, t)(ds)
+        t, terms = on_tile(ops.added, t, held)
+        grads = pullback(terms, mine, t)(ds)
         for f, ref in out["pairs"].items():
             put_listed(t0, ref, first, grads[f], t.ok)
         new = {
@@ -244,6 +255,7 @@ def list_cols_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     plan: Plan,
     cut: Block,
     width: int,
@@ -254,7 +266,7 @@ def list_cols_kernel(
     a key block are a run of `order`; vectors of their queries meet a matrix that has
     each number in the row of its key.
     """
-    n_block, head, b = (pl.program_id(axis) for axis in range(3))
+    n_block, head, b = program.place
     blocks, n, bk = pl.cdiv(call.S, cut.block_k), cut.block_q, cut.block_k
     frame = frame_of(call, ops.sight, b)
     k0 = n_block * bk
@@ -309,7 +321,7 @@ def list_cols_kernel(
             if plan.col_fields:
                 i, j, on = (x[:, None] for x in (query, key, ok))
                 t: Any = Pairs(call, ops.sight, frame, b, h, i, j, on)
-                terms = on_tile(ops.added, t, {})
+                t, terms = on_tile(ops.added, t, {})
                 grads = pullback(terms, plan.col_fields, t)(ds[:, None])
                 new["fields"] = {
                     f: y + jnp.sum(placed(grads[f]), 1)

@@ -18,6 +18,7 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.positions import difference
 from pallas_attn.tiled.summaries import Frame, Sight
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, load_where, store_where, Tile
 
@@ -69,14 +70,15 @@ def scatter(
     store_where(ref.at[(*lead, last)], x, ok)
 
 
-def row_tile(sight: Sight, call: Call, block: Block) -> Tile:
-    """The queries that this program owns; long rows are launched first."""
+def row_tile(sight: Sight, call: Call, block: Block, program: Program) -> Tile:
+    """The queries that a program owns; long rows are launched first."""
     grid = row_grid(call, block)
-    b, h, i = grid.place()
+    b, h, i = grid.place(program)
     if call.causal:
         i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
-    return Tile(call, sight, frame_of(call, sight, b), b, h, i * bq, i * 0, bq, bk)
+    where, flag = frame_of(call, sight, b), program.flag
+    return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk, flag=flag)
 
 
 def row_grid(call: Call, block: Block) -> Grid:

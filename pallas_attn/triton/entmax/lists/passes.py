@@ -22,6 +22,7 @@ from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import Sight
+from pallas_attn.triton.again import careful, launch_watched
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.lists.blocks import (
     capacity,
@@ -142,14 +143,28 @@ def candidates(
         "bound": _per_row(call, f32),
         "keys": _per_row(call, i32),
     }
-    inputs = (ops, alpha, grains(ops, call, p))
-    out = _run(list_candidates_kernel, inputs, lists | rows, call, block, plan=p)
+    out = launch_watched(
+        list_candidates_kernel,
+        row_grid(call, block).shape,
+        (ops, alpha, grains(ops, call, p)),
+        lists | rows,
+        call,
+        block,
+        cut=block,
+        plan=p,
+    )
     if call.top_k is None:
         return out
     stats = {name: out[name] for name in ("m", "bound", "keys")}
     into = {name: out[name] for name in lists}
-    redone = _run(
-        list_overflow_kernel, (ops, stats), lists, call, block, into=into, plan=p
+    redone = _run(  # which mostly has nothing to do: with care at once
+        list_overflow_kernel,
+        (careful(ops), stats),
+        lists,
+        call,
+        block,
+        into=into,
+        plan=p,
     )
     return redone | {name: out[name] for name in ("keys", "level")}
 

@@ -22,6 +22,7 @@ from pallas_attn.triton.entmax.lists.pairs import (
 )
 from pallas_attn.triton.entmax.power import power_of
 from pallas_attn.triton.entmax.support import WORD
+from pallas_attn.triton.launch import Program
 from pallas_attn.triton.scores import capped
 from pallas_attn.triton.terms import hold, on_tile, parts
 
@@ -41,6 +42,7 @@ def list_scores_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     cut: Block,
     word: int,
 ) -> None:
@@ -48,7 +50,7 @@ def list_scores_kernel(
 
     Some words at a time, one key of each: that many loads are in flight.
     """
-    t0 = row_tile(ops.sight, call, cut)
+    t0 = row_tile(ops.sight, call, cut, program)
     count, ahead, inverse = t0.stat(words["count"], 0), cut.block_k, 1.0 / call.scale
     products = ops.added.products
     q = t0.rows(ops.q).astype(f32)[:, None, :]
@@ -61,7 +63,8 @@ def list_scores_kernel(
         x, _ = capped(call, jnp.sum(q * t.keys(ops.k), 2))
         for a, (_, b) in zip(qs, products, strict=True):
             x = x + jnp.sum(a * t.keys(b), 2)
-        row, rest = parts(on_tile(ops.added, t, held), t)
+        t, terms = on_tile(ops.added, t, held)
+        row, rest = parts(terms, t)
         for r in rest:
             x = x - r * -inverse
         row = jnp.broadcast_to(row * inverse, (t.bq, 1))
@@ -103,6 +106,7 @@ def list_select_kernel(
     out: dict[str, Any],
     *,
     call: SparseCall,
+    program: Program,
     cut: Block,
     fused: bool,
 ) -> None:
@@ -111,7 +115,7 @@ def list_select_kernel(
     Entries with weight are stored at the front, in key order. start: a level of each
     row that is nearly right.
     """
-    t0 = row_tile(sight, call, cut)
+    t0 = row_tile(sight, call, cut, program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fused)
     n, length, width = t0.bq, cut.block_k, out["keys"].shape[-1]
     count = t0.stat(scores["count"], 0)
