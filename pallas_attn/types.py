@@ -2,15 +2,17 @@
 
 An operand of a kernel is an array outside it and a ref of that array inside. It is
 annotated as the array, with the letters of its shape; what loads from it takes a `Ref`,
-which both are. So a dataclass of operands says once what it holds.
+which both are. So a dataclass of operands says once what it holds; and one of what a
+kernel makes too, which before that holds an `outline` of each array.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, cast, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 # An int32 position, count or index of a block: static or traced.
@@ -54,3 +56,8 @@ class Ref(Protocol):
     def at(self) -> At:
         """What makes views of its entries, by indexing."""
         ...
+
+
+def outline(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Shape and dtype of an array that a kernel will make, annotated as that array."""
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))

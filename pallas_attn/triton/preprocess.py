@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -12,13 +10,14 @@ from pallas_attn.tiled.summaries import GRAIN, Sight
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.scores import squared_norm
 from pallas_attn.triton.tile import store_number, Tile
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
 
 
 def norms_kernel(
-    k_ref: Any, v_ref: Any, bs: list[Any], sight: Sight, norms_ref: Any, *, call: Call
+    k_ref: Ref, v_ref: Ref, bs: list[Ref], sight: Sight, norms_ref: Ref, *, call: Call
 ) -> None:
     """The largest |[k, B]| of a grain of keys; NaN where k, B or v is not finite."""
     b, h, j = (pl.program_id(i) for i in range(3))
@@ -32,13 +31,13 @@ def norms_kernel(
 
 
 def delta_kernel(
-    o_ref: Any,
-    do_ref: Any,
-    lse_ref: Any,
-    dlse_ref: Any,
+    o_ref: Ref,
+    do_ref: Ref,
+    lse_ref: Ref,
+    dlse_ref: Ref | None,
     sight: Sight,
-    delta_ref: Any,
-    floor_ref: Any,
+    delta_ref: Ref,
+    floor_ref: Ref,
     *,
     call: Call,
 ) -> None:

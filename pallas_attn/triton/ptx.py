@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_attn.call import Call
 
@@ -44,7 +43,7 @@ def sigmoid(call: Call, x: jax.Array, scale: float, *, precise: bool) -> jax.Arr
     return 0.5 * tanh(0.5 * scale * x) + 0.5
 
 
-def uniform(call: Call, x: Any) -> Any:
+def uniform(call: Call, x: jax.Array) -> jax.Array:
     """The same integer in a uniform register.
 
     A trip count that comes from a reduction looks different in every thread to ptxas,
@@ -58,7 +57,7 @@ def uniform(call: Call, x: Any) -> Any:
     return jnp.max(same)
 
 
-def _inline(asm: str, x: jax.Array, dtype: Any) -> jax.Array:
+def _inline(asm: str, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     kind = "=f,f" if dtype == f32 else "=r,r"
     out = jax.ShapeDtypeStruct(x.shape, dtype)
     return plgpu.elementwise_inline_asm(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -14,6 +14,7 @@ from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.blocks import shipped_of_co_alibi
 from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, Tile
+from pallas_attn.types import Ref
 
 
 i32 = jnp.int32
@@ -78,7 +79,9 @@ def grid_of(call: Call, kernel: str, plan: Plan) -> Grid:
     return Grid(plan.batch, plan.heads, blocks, long_first=True)
 
 
-def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str, start: Any) -> Tile:
+def query_tile(
+    sight: Sight, call: Call, plan: Plan, kernel: str, start: Ref | None
+) -> Tile:
     """The query block that this program owns; start: of the group, (entry, head)."""
     grid, block = grid_of(call, kernel, plan), getattr(plan, kernel)
     b, h, i = grid.place()
@@ -89,7 +92,7 @@ def query_tile(sight: Sight, call: Call, plan: Plan, kernel: str, start: Any) ->
     return Tile(call, sight, where, b, h, i * bq, i * 0, bq, bk)
 
 
-def key_tile(sight: Sight, call: Call, plan: Plan, start: Any) -> Tile:
+def key_tile(sight: Sight, call: Call, plan: Plan, start: Ref | None) -> Tile:
     """The key block that this program owns, of the first query head of its key head."""
     b, head, j = grid_of(call, "cols", plan).place()
     b, head = b + _number(start, 0), head + _number(start, 1)
@@ -98,5 +101,5 @@ def key_tile(sight: Sight, call: Call, plan: Plan, start: Any) -> Tile:
     return Tile(call, sight, where, b, head * call.G, j * 0, j * bk, bq, bk, flip=True)
 
 
-def _number(ref: Any, i: int) -> Any:
+def _number(ref: Ref | None, i: int) -> jax.Array:
     return i32(0) if ref is None else load_number(ref, (i32(i),))
