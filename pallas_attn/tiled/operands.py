@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import jax
-from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.tiled.fields import Field, Values

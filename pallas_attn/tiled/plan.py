@@ -29,9 +29,7 @@ class Plan:
     bent: bool  # a field along queries or keys is not simply added
     turn: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
-    store: DTypeLike | None = (
-        None  # cols writes dS in this dtype: it is the gradient of `own`
-    )
+    store: DTypeLike | None = None  # of a dS that cols writes: the gradient of `own`
     own: tuple[Field, ...] = ()
     rows: bool = True  # False: dq is a thin pass over a stored dS
     cols: bool = True
