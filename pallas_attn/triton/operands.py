@@ -73,10 +73,10 @@ class Cotangents:
 
     def of_rows(self, t: Tile) -> SoftmaxRows:
         """The statistics of a tile's queries."""
-        large = self.peak is not None
+        peak, total = self.peak, self.total
         return SoftmaxRows(
             t.stat(self.lse, jnp.inf),
             t.stat(self.delta),
-            t.stat(self.peak, jnp.inf) if large else None,
-            t.stat(self.total) if large else None,
+            None if peak is None else t.stat(peak, jnp.inf),
+            None if total is None else t.stat(total),
         )
