@@ -26,13 +26,12 @@ results are uniform: only they are compared.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt
 
 from pallas_attn.call import Call
+from pallas_attn.types import Index
 
 
 # Odd, as int32: the multipliers of lowbias32, and 2^32 over the golden ratio.
@@ -41,10 +40,10 @@ M2 = 0x846CA68B - 2**32
 G = 0x9E3779B9 - 2**32
 
 # Two int32 numbers or arrays: of a head, or queries.
-Words = tuple[Any, Any]
-# Those of a seed; where a call is part of a larger one, the batch entry and the head
-# of that one at which it starts, too.
-Seed = tuple[Any, Any] | tuple[Any, Any, Any, Any]
+Words = tuple[Array, Array]
+# Those of a seed, two; where a call is part of a larger one, the batch entry and the
+# head of that one at which it starts, too: four.
+Seed = tuple[Array, ...]
 
 
 def seed_of(words: UInt[Array, " words"]) -> Int[Array, 2]:
@@ -69,7 +68,7 @@ def seed_of_all(seed: Int[Array, 2], call: Call) -> Int[Array, "B N 4"]:
     return jnp.stack([*words, *counts], -1)
 
 
-def head_words(call: Call, seed: Seed, b: Any, n: Any) -> Words:
+def head_words(call: Call, seed: Seed, b: Array, n: Array) -> Words:
     """The words of query head n of batch entry b; of all, where the mask is shared."""
     if call.dropout_shared:
         b, n = jnp.int32(0), jnp.int32(0)
@@ -97,7 +96,9 @@ def kept(call: Call, queries: Words, key: Int[Array, "*keys"]) -> Bool[Array, "*
 
 
 def kept_on(
-    call: Call, seed: Int[Array, "*BN words"] | None, first: tuple[Any, ...] = (0, 0, 0)
+    call: Call,
+    seed: Int[Array, "*BN words"] | None,
+    first: tuple[Index, ...] = (0, 0, 0),
 ) -> Bool[Array, "#B #N T S"] | None:
     """Which weights of all heads, queries and keys are kept; None: every one is.
 
@@ -109,12 +110,14 @@ def kept_on(
     if seed is None:
         return None
     b, i, j = (
-        start if jnp.ndim(start) else start + jnp.arange(n, dtype=jnp.int32)
+        jnp.asarray(start)
+        if jnp.ndim(start)
+        else start + jnp.arange(n, dtype=jnp.int32)
         for start, n in zip(first, (call.B, call.T, call.S), strict=True)
     )
     n = jnp.arange(call.N, dtype=jnp.int32)[None, :, None, None]
     words = seed if seed.ndim == 1 else seed[0, 0]
-    every: Any = tuple(words[i] for i in range(words.shape[0]))
+    every = tuple(words[i] for i in range(words.shape[0]))
     head = head_words(call, every, b[:, None, None, None], n)
     queries = query_words(head, i[None, None, :, None])
     return kept(call, queries, key_word(j)[None, None, None, :])

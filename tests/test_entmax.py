@@ -584,6 +584,7 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     )
     ops, alpha, call = route.prepared(given.problem)
     _, found = route.forward(ops, alpha, call, Wanted(), wants_alpha=False)
+    assert found.lists is not None
     assert bool(found.lists.fits) == fits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,17 @@ from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
-from pallas_attn.tiled.fields import Field, fields, with_fields
-from pallas_attn.tiled.operands import Operands, Residuals, Wanted
-from pallas_attn.tiled.passes import Passes
+from pallas_attn.tiled.fields import Field, fields, Values, with_fields
+from pallas_attn.tiled.operands import (
+    Cols,
+    Forward,
+    Kept,
+    Operands,
+    Residuals,
+    Rows,
+    Wanted,
+)
+from pallas_attn.tiled.passes import Blocks, Cotangents, Passes
 from pallas_attn.tiled.plan import Plan, plan
 from pallas_attn.tiled.split_factors import columns_of, factor_gradient, with_columns
 from pallas_attn.tiled.summaries import sight
@@ -59,7 +67,9 @@ def visited_blocks(
     rows = passes.rows(ops, cot, pruning, call, p)
     cols = passes.cols(ops, cot, pruning, call, p)
 
-    return share(res.visits), share(rows["visits"]), share(cols["visits"])
+    assert rows.visits is not None
+    assert cols.visits is not None
+    return share(res.visits), share(rows.visits), share(cols.visits)
 
 
 def share(visits: Int[Array, "B N blocks 2"]) -> Float[Array, "B N"]:
@@ -72,7 +82,10 @@ def _values(ops: Operands, call: Call, passes: Passes) -> tuple[Array, Array]:
     return _forward(ops, call, Wanted(), passes)[0]
 
 
-def _attend_fwd(ops: Any, call: Call, passes: Passes) -> Any:
+def _attend_fwd(
+    ops: Operands, call: Call, passes: Passes
+) -> tuple[tuple[Array, Array], Residuals]:
+    """With a `CustomVJPPrimal` in place of every operand."""
     values = jax.tree.map(lambda x: x.value, ops)
     asked = jax.tree.map(lambda x: x.perturbed, ops)
     return _forward(values, call, wanted_of(values, asked), passes)
@@ -82,9 +95,9 @@ def wanted_of(ops: Operands, asked: Operands) -> Wanted:
     """Which gradients are asked for, by a bool in place of every operand."""
     products = asked.added.products
     return Wanted(
-        q=asked.q,
-        k=asked.k,
-        v=asked.v,
+        q=bool(asked.q),
+        k=bool(asked.k),
+        v=bool(asked.v),
         fields=tuple(f for f in fields(ops.added) if f.of(asked.added.terms)),
         a=tuple(i for i, (a, _) in enumerate(products) if a),
         b=tuple(i for i, (_, b) in enumerate(products) if b),
@@ -92,8 +105,11 @@ def wanted_of(ops: Operands, asked: Operands) -> Wanted:
 
 
 def _attend_bwd(
-    call: Call, passes: Passes, residuals: Residuals, cotangents: Any
-) -> Any:
+    call: Call,
+    passes: Passes,
+    residuals: Residuals,
+    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+) -> tuple[Operands]:
     do, dlse = cotangents
     if isinstance(do, SymbolicZero):
         do = jnp.zeros_like(residuals.o)
@@ -101,7 +117,7 @@ def _attend_bwd(
     return (_backward(residuals, do, dlse, call, passes),)
 
 
-_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1, 2))
+_attend = jax.custom_vjp(_values, nondiff_argnums=(1, 2))
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
@@ -112,12 +128,13 @@ def _forward(
     factors = ops.added.products
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted)
-    out = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
-    lse = out["lse"]
-    sums = out["peak"] * call.scale + out["total"] * LN2 if p.large else lse * LN2
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, sums)
-    residuals = Residuals(ops, factors, wanted=wanted, **out)
-    return (residuals.o, natural), residuals
+    out: Forward = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
+    if out.peak is None or out.total is None:
+        sums = out.lse * LN2
+    else:
+        sums = out.peak * call.scale + out.total * LN2
+    natural = jnp.where(out.lse == jnp.inf, -jnp.inf, sums)
+    return (out.o, natural), Residuals(ops, factors, wanted=wanted, **vars(out))
 
 
 def columned(ops: Operands, wanted: Wanted, call: Call) -> tuple[Operands, Wanted]:
@@ -143,9 +160,9 @@ def _backward(
 
 
 def gradients(
-    res: Any,
-    cot: Any,
-    blocks: Any,
+    res: Kept,
+    cot: Cotangents,
+    blocks: Blocks,
     total: Array | None,
     call: Call,
     p: Plan,
@@ -155,37 +172,55 @@ def gradients(
 
     total: what a row of dS adds up to, [B, N, T]; None: 0.
     """
-    ops, wanted, products = res.ops, res.wanted, res.ops.added.products
-    rows = passes.rows(ops, cot, blocks, call, p) if p.rows else {}
+    ops = res.ops
+    rows = passes.rows(ops, cot, blocks, call, p) if p.rows else Rows()
     if p.settled:
-        cot = replace(cot, delta=cot.delta + rows["beyond"])
-    cols = passes.cols(ops, cot, blocks, call, p) if p.cols else {}
-    ds: Any = cols.get("ds")
-    if p.own and not p.rows:
-        if wanted.q:
-            rows["dq"] = passes.thin_rows(ds, ops.k, ops.q, ops, call, p)
-        rows["da"] = {}
-        for i in p.da:
-            a, b = products[i]
-            out = columns_of(a, call.T, call)
-            rows["da"][i] = passes.thin_rows(ds, b, out, ops, call, p)
-    if p.own and not p.dk and wanted.k:
-        cols["dk"] = passes.thin_cols(ds, ops.q, ops.k, ops, call, p)
-    pairs = dict.fromkeys(p.own, ds)
+        cot = replace(cot, delta=cot.delta + rows.beyond)
+    cols = passes.cols(ops, cot, blocks, call, p) if p.cols else Cols()
+    pairs: Values = {}
+    if cols.ds is not None:
+        pairs = dict.fromkeys(p.own, cols.ds)
+        rows, cols = _by_ds(res, rows, cols, cols.ds, call, p, passes)
     pairs |= {f: passes.tiles(ops, cot, blocks, f, call, p) for f in p.tile_fields}
     return collected(res, Made(rows, cols, pairs, total), p, call)
+
+
+def _by_ds(
+    res: Kept,
+    rows: Rows,
+    cols: Cols,
+    ds: Float[Array, "B N T S"],
+    call: Call,
+    p: Plan,
+    passes: Passes,
+) -> tuple[Rows, Cols]:
+    """Rows and cols with what one product with a stored dS gives of them."""
+    ops, wanted = res.ops, res.wanted
+    if not p.rows:
+        dq, da = None, {}
+        if wanted.q:
+            dq = passes.thin_rows(ds, ops.k, ops.q, ops, call, p)
+        for i in p.da:
+            a, b = ops.added.products[i]
+            out = columns_of(a, call.T, call)
+            da[i] = passes.thin_rows(ds, b, out, ops, call, p)
+        rows = Rows(dq=dq, da=da)
+    if not p.dk and wanted.k:
+        dk = passes.thin_cols(ds, ops.q, ops.k, ops, call, p)
+        cols = replace(cols, dk=dk)
+    return rows, cols
 
 
 class Made(NamedTuple):
     """What the backward passes made, before it has its operands' shapes."""
 
-    rows: dict[str, Any]  # dq, da by product, fields
-    cols: dict[str, Any]  # dk, dv, db by product, fields
-    pairs: dict[Field, Any]
+    rows: Rows
+    cols: Cols
+    pairs: Values
     total: Array | None
 
 
-def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
+def collected(res: Kept, made: Made, p: Plan, call: Call) -> Operands:
     """The gradient of every operand, in its shape; None where nobody asked."""
     ops, wanted, rows, cols = res.ops, res.wanted, made.rows, made.cols
 
@@ -197,14 +232,14 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
         if f.is_row_constant:
             return _row_constant(f.home, x, made.total)
         along_queries = f in p.row_fields
-        g = (rows if along_queries else cols)["fields"][f]
+        g = (rows if along_queries else cols).fields[f]
         return _to_field(f.home, g, x, along_queries)
 
     def side_gradient(n: int, side: int) -> Array | None:
         place = wanted.places[n]
         if place not in (wanted.a, wanted.b)[side]:
             return None
-        g = (rows.get("da", {}) if side == 0 else cols.get("db", {})).get(place)
+        g = (rows.da if side == 0 else cols.db).get(place)
         if g is None:
             return None
         a, b = res.factors[n]
@@ -212,15 +247,16 @@ def collected(res: Any, made: Made, p: Plan, call: Call) -> Operands:
         return reduced(g, (a, b)[side], (0, 2))
 
     grads = {f: field_gradient(f, x) for f, x in fields(ops.added).items()}
-    sides: Any = tuple(
+    sides = tuple(
         (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
     )
-    return Operands(
-        rows.get("dq") if wanted.q else None,
-        cols.get("dk") if wanted.k else None,
-        cols.get("dv") if wanted.v else None,
-        Added(with_fields(ops.added, grads), sides),
-        jax.tree.map(lambda _: None, ops.sight),
+    return replace(
+        ops,
+        q=rows.dq if wanted.q else None,
+        k=cols.dk if wanted.k else None,
+        v=cols.dv if wanted.v else None,
+        added=replace(ops.added, terms=with_fields(ops.added, grads), products=sides),
+        sight=jax.tree.map(lambda _: None, ops.sight),
     )
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.positions import moved
 from pallas_attn.tiled.summaries import Frame, least, most
+from pallas_attn.types import Index, Range, State
 
 
 i32 = jnp.int32
 
 
-def keys_in_sight(
-    call: Call, frame: Frame, q0: Any, bq: int
-) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def keys_in_sight(call: Call, frame: Frame, q0: Index, bq: int) -> tuple[Range, Range]:
     """The ranges of keys that any, and that every, query of a block sees.
 
     As far as offset, causality, window and lengths tell.
@@ -43,8 +42,8 @@ def keys_in_sight(
 
 
 def queries_in_sight(
-    call: Call, frame: Frame, k0: Any, bk: int
-) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    call: Call, frame: Frame, k0: Index, bk: int
+) -> tuple[Range, Range]:
     """The ranges of queries that see any, and that see every, key of a block."""
     first, last = frame.queries
     last = unless(apart(k0, bk, frame.keys, call.S), last, first)
@@ -68,19 +67,19 @@ def queries_in_sight(
 class Runs:
     """Blocks in storage order: masked first..lo, whole lo..hi, masked hi..last."""
 
-    first: Any
-    lo: Any
-    hi: Any
-    last: Any
+    first: Index
+    lo: Index
+    hi: Index
+    last: Index
 
     def loop(
         self,
-        body: Callable[[Any, bool, Any], Any],
-        state: Any,
+        body: Callable[[Index, bool, State], State],
+        state: State,
         *,
         veiled: bool,
-        within: tuple[Any, Any] | None = None,
-    ) -> Any:
+        within: Range | None = None,
+    ) -> State:
         """Runs body(block, masked, state) over every block, in storage order.
 
         veiled: arrays may hide any pair: the middle is masked too.
@@ -97,7 +96,7 @@ class Runs:
                 lo = jnp.maximum(i32(lo), within[0])
                 hi = jnp.maximum(jnp.minimum(i32(hi), within[1]), lo)
 
-            def one(n: Any, state: Any, masked: bool = masked) -> Any:
+            def one(n: Index, state: State, masked: bool = masked) -> State:
                 return body(n, masked, state)
 
             state = lax.fori_loop(i32(lo), i32(hi), one, state)
@@ -105,7 +104,12 @@ class Runs:
 
 
 def runs(
-    block: int, visited: Any, whole: Any, hull: Any, low_edge: bool, high_edge: bool
+    block: int,
+    visited: Range,
+    whole: Range,
+    hull: Range | None,
+    low_edge: bool,
+    high_edge: bool,
 ) -> Runs:
     """The blocks of a range of entries; an edge that cannot be masked is whole."""
     first, last = blocks(block, visited, hull)
@@ -114,7 +118,7 @@ def runs(
     return Runs(first, lo, hi, last)
 
 
-def blocks(block: int, visited: tuple[Any, Any], hull: Any) -> tuple[Any, Any]:
+def blocks(block: int, visited: Range, hull: Range | None) -> Range:
     """The range of blocks that holds a range of entries, within the hull."""
     first, last = visited[0] // block, -(-visited[1] // block)
     if hull is not None:
@@ -122,7 +126,7 @@ def blocks(block: int, visited: tuple[Any, Any], hull: Any) -> tuple[Any, Any]:
     return first, most(last, first)
 
 
-def apart(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> Any:
+def apart(i0: Index, n: int, limits: Range, size: int) -> bool | jax.Array:
     """Whether a block lies wholly outside a range; False if that cannot be."""
     lo, hi = limits
     if covers(limits, size):
@@ -130,26 +134,26 @@ def apart(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> Any:
     return (i0 >= hi) | (i0 + n <= lo)
 
 
-def unless(condition: Any, x: Any, other: Any) -> Any:
+def unless(condition: bool | jax.Array, x: Index, other: Index) -> Index:
     """The integer x, or `other` where the condition holds."""
     return x if condition is False else jnp.where(condition, i32(other), i32(x))
 
 
-def clip(x: Any, lo: Any, hi: Any) -> Any:
+def clip(x: Index, lo: Index, hi: Index) -> Index:
     """The integer x within lo..hi, static if all are."""
     return most(least(x, hi), lo)
 
 
-def covers(limits: tuple[Any, Any], size: int) -> bool:
+def covers(limits: Range, size: int) -> bool:
     """Whether a range is all of an axis, known statically."""
     return all(isinstance(x, int) for x in limits) and tuple(limits) == (0, size)
 
 
-def cut_evenly(limits: tuple[Any, Any], size: int, block: int) -> bool:
+def cut_evenly(limits: Range, size: int, block: int) -> bool:
     """Whether a range is, statically, all of an axis that blocks divide."""
     return covers(limits, size) and size % block == 0
 
 
-def divides(block: int, limits: tuple[Any, Any]) -> bool:
+def divides(block: int, limits: Range) -> bool:
     """Whether blocks divide a range, known statically."""
     return isinstance(limits[1], int) and limits[1] % block == 0

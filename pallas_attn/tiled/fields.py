@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,12 +38,16 @@ class Field:
         """Whether it adds one number to a whole row of scores."""
         return self.additive and self.span in ("", "q")
 
-    def of(self, terms: tuple[Bias, ...]) -> Any:
+    def of(self, terms: tuple[Bias, ...]) -> Array:
         """Its value in terms."""
         return getattr(terms[self.term], self.name)
 
 
-def fields(added: Added) -> dict[Field, Any]:
+# Of each field an array, or a ref of it, or what is loaded on a tile.
+Values = dict[Field, Array]
+
+
+def fields(added: Added) -> Values:
     """All fields of all terms, arrays or refs, in the order of terms."""
     return {
         Field(
@@ -66,7 +70,7 @@ def _span(home: str, shape: tuple[int, ...]) -> str:
     return {"head": "", "query": "q", "key": "k"}[home]
 
 
-def with_fields(added: Added, values: dict[Field, Any]) -> tuple[Bias, ...]:
+def with_fields(added: Added, values: Mapping[Field, Array | None]) -> tuple[Bias, ...]:
     """The terms with other values in all their fields."""
     return tuple(
         replace(term, **{f.name: x for f, x in values.items() if f.term == n})

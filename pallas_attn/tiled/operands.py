@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import jax
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
-from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.fields import Field, Values
 from pallas_attn.tiled.summaries import Sight
+from pallas_attn.types import Tree
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,71 @@ class Wanted:
 class Operands:
     """What every pass reads: arrays outside, refs inside the kernels."""
 
-    q: Any
-    k: Any
-    v: Any
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K h"]
     added: Added
     sight: Sight
+
+
+# What passes make, None where a call does not need it. The order of fields, which is
+# the alphabet's, is that of a kernel's outputs.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a forward pass makes.
+
+    grains: the bounds that it had, of the lowering's own kind.
+    lse: log2, +inf for empty rows; where scores may be large, in two: peak (units of
+        q.k) and total (log2).
+    reach: what bounds the scores of a block of queries, as the lowering has it.
+    visits: how many blocks each program visited, of how many.
+    """
+
+    grains: Tree = None
+    lse: Float[Array, "B N T"]
+    o: Float[Array, "B T N h"]
+    peak: Float[Array, "B N T"] | None = None
+    reach: Float[Array, "B N blocks"] | None = None
+    total: Float[Array, "B N T"] | None = None
+    visits: Int[Array, "B N blocks 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a pass over rows makes, float32 but for dq.
+
+    beyond: what delta lacks for a row of dS to add up.
+    da: [B, T, N, columns] of products, by their place.
+    fields: [B, N, T], those per head too.
+    """
+
+    beyond: Float[Array, "B N T"] | None = None
+    da: dict[int, Array] = field(default_factory=dict)
+    dq: Float[Array, "B T N H"] | None = None
+    fields: Values = field(default_factory=dict)
+    visits: Int[Array, "B N blocks 2"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Cols:
+    """What a pass over columns makes, float32 but for dk, dv and dS.
+
+    db: [B, S, N, columns] of products, by their place.
+    ds: the gradient of the scores, where it is stored.
+    fields: [B, N, S].
+    """
+
+    db: dict[int, Array] = field(default_factory=dict)
+    dk: Float[Array, "B S K H"] | None = None
+    ds: Float[Array, "B N T S"] | None = None
+    dv: Float[Array, "B S K h"] | None = None
+    fields: Values = field(default_factory=dict)
+    visits: Int[Array, "B N blocks 2"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,18 +109,35 @@ class Residuals:
 
     ops: the operands, products as columns.
     factors: the products as they came.
-    o: [B, T, N, h].
-    lse: [B, N, T], log2, +inf for empty rows; where scores may be large, in two:
-        peak (units of q.k) and total (log2).
+    The others: see `Forward`.
     """
 
     ops: Operands
-    factors: tuple[tuple[Any, Any], ...]
-    o: Any
-    lse: Any
-    visits: Any
+    factors: tuple[tuple[Array, Array], ...]
+    o: Float[Array, "B T N h"]
+    lse: Float[Array, "B N T"]
+    visits: Int[Array, "B N blocks 2"]
     wanted: Wanted = field(metadata={"static": True})
-    grains: Any = None
-    reach: Any = None
-    peak: Any = None
-    total: Any = None
+    grains: Tree = None
+    reach: Float[Array, "B N blocks"] | None = None
+    peak: Float[Array, "B N T"] | None = None
+    total: Float[Array, "B N T"] | None = None
+
+
+class Kept(Protocol):
+    """What gradients are made of, of whatever a forward pass keeps."""
+
+    @property
+    def ops(self) -> Operands:
+        """The operands, products as columns."""
+        ...
+
+    @property
+    def factors(self) -> tuple[tuple[Array, Array], ...]:
+        """The products as they came."""
+        ...
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which gradients are requested."""
+        ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
@@ -28,7 +29,7 @@ class Plan:
     bent: bool  # a field along queries or keys is not simply added
     turn: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
-    store: Any = None  # cols writes dS in this dtype: it is the gradient of `own`
+    store: DTypeLike | None = None  # of a dS that cols writes: the gradient of `own`
     own: tuple[Field, ...] = ()
     rows: bool = True  # False: dq is a thin pass over a stored dS
     cols: bool = True
@@ -111,6 +112,6 @@ def _flock(batch: int) -> int:
     return max(n for n in range(1, min(batch, 16) + 1) if batch % n == 0)
 
 
-def _as_wide(dtype: Any, other: str) -> bool:
+def _as_wide(dtype: DTypeLike, other: str) -> bool:
     """Whether dS kept in `dtype` loses nothing that products in `other` need."""
     return dtype == "float32" or str(dtype) == other

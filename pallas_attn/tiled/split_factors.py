@@ -9,7 +9,6 @@ columns, added up: da = dS (b1 + b2 + ..) over the columns in which a1 stands.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ def with_columns(added: Added, call: Call) -> tuple[Added, tuple[int, ...]]:
 
     The second value is, for each product, the place of the columns with its gradient.
     """
-    products: list[Any] = []
+    products: list[tuple[Array, Array]] = []
     places = []
     for a, b in added.products:
         places.append(len(products))

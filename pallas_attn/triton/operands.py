@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_attn.normalizers.softmax import exponent, LOG2E
 from pallas_attn.triton.ptx import exp2
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Scalar
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class SoftmaxRows:
         return self.lse != jnp.inf
 
     def weights(
-        self, t: Tile, s: jax.Array, row: Any, rest: list[jax.Array], visible: Any
+        self,
+        t: Tile,
+        s: jax.Array,
+        row: Scalar,
+        rest: list[jax.Array],
+        visible: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """(P, U) of products s and of what is added to them; U is P."""
         mul, inverse = t.call.scale * LOG2E, 1.0 / t.call.scale
@@ -57,19 +63,20 @@ class SoftmaxRows:
 class Cotangents:
     """What the backward passes read beside the operands."""
 
-    do: Any  # [B, T, N, h]
-    lse: Any  # [B, N, T], log2, +inf for empty rows
-    delta: Any  # [B, N, T]
-    peak: Any = None  # where scores may be large, lse in two: peak (units of q.k)
-    total: Any = None  # + total (log2)
-    dlse: Any = None  # [B, N, T], natural units; None: no cotangent
+    do: Float[Array, "B T N h"]
+    lse: Float[Array, "B N T"]  # log2, +inf for empty rows
+    delta: Float[Array, "B N T"]
+    # where scores may be large, lse in two: peak (units of q.k) + total (log2)
+    peak: Float[Array, "B N T"] | None = None
+    total: Float[Array, "B N T"] | None = None
+    dlse: Float[Array, "B N T"] | None = None  # natural units; None: no cotangent
 
     def of_rows(self, t: Tile) -> SoftmaxRows:
         """The statistics of a tile's queries."""
-        large = self.peak is not None
+        peak, total = self.peak, self.total
         return SoftmaxRows(
             t.stat(self.lse, jnp.inf),
             t.stat(self.delta),
-            t.stat(self.peak, jnp.inf) if large else None,
-            t.stat(self.total) if large else None,
+            None if peak is None else t.stat(peak, jnp.inf),
+            None if total is None else t.stat(total),
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.fields import along, Field, fields, turned
-from pallas_attn.tiled.operands import Operands, Residuals
+from pallas_attn.tiled.operands import Cols, Forward, Operands, Residuals, Rows
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import extremes, GRAIN
@@ -50,10 +50,8 @@ def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
     return Grains(norms, known)
 
 
-def forward(
-    ops: Operands, grains: Grains | None, call: Call, p: Plan
-) -> dict[str, Any]:
-    """The fields of `Residuals` that the forward pass makes."""
+def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forward:
+    """Output, log-sum-exp and what else the plan needs of them."""
     blocks = grid_of(call, p, "forward").blocks
     o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
     outputs = {"o": o, "lse": _per_row(call), "visits": _visits(call, blocks)}
@@ -63,7 +61,7 @@ def forward(
         outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
     inputs = (ops, Pruning(grains))
     made = _run(forward_kernel, "forward", inputs, outputs, call, p)
-    return made | {"grains": grains}
+    return Forward(**made, grains=grains)
 
 
 def cotangents(
@@ -84,7 +82,7 @@ def cotangents(
     return cot, pruning
 
 
-def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
+def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Rows:
     """dq, the query sides of products, the fields per head and per query; visits.
 
     And what delta lacks, if the plan settles it.
@@ -98,10 +96,10 @@ def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str,
     }
     if p.settled:
         outputs["beyond"] = _per_row(call)
-    return _run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p)
+    return Rows(**_run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p))
 
 
-def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str, Any]:
+def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Cols:
     """dv, dk or dS, the key sides of products, the fields per key; visits."""
     if p.turn:
         ops = replace(ops, added=turned(ops.added))
@@ -118,7 +116,7 @@ def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> dict[str,
     if p.store:
         shape = (call.B, call.N, call.T, call.S)
         outputs["ds"] = jax.ShapeDtypeStruct(shape, p.store)
-    return _run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p)
+    return Cols(**_run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p))
 
 
 def tiles(

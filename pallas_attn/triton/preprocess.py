@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from pallas_attn.call import Call
@@ -12,17 +10,18 @@ from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.scores import squared_norm
 from pallas_attn.triton.tile import store_number, Tile
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
 
 
 def norms_kernel(
-    k_ref: Any,
-    v_ref: Any,
-    bs: list[Any],
+    k_ref: Ref,
+    v_ref: Ref,
+    bs: list[Ref],
     sight: Sight,
-    norms_ref: Any,
+    norms_ref: Ref,
     *,
     call: Call,
     program: Program,
@@ -39,13 +38,13 @@ def norms_kernel(
 
 
 def delta_kernel(
-    o_ref: Any,
-    do_ref: Any,
-    lse_ref: Any,
-    dlse_ref: Any,
+    o_ref: Ref,
+    do_ref: Ref,
+    lse_ref: Ref,
+    dlse_ref: Ref | None,
     sight: Sight,
-    delta_ref: Any,
-    floor_ref: Any,
+    delta_ref: Ref,
+    floor_ref: Ref,
     *,
     call: Call,
     program: Program,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
-from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.fields import Field, Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
@@ -22,6 +22,7 @@ from pallas_attn.triton.scores import reach_of
 from pallas_attn.triton.terms import bound
 from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
 from pallas_attn.triton.visitor import Own, Step
+from pallas_attn.types import Index, Ref, State
 
 
 i32 = jnp.int32
@@ -32,11 +33,11 @@ i32 = jnp.int32
 class Grains:
     """What bounds the scores of whole blocks, known before any of them is visited.
 
-    norms: the largest |[k, B]| of a grain of keys, [B, heads, grains].
+    norms: the largest |[k, B]| of a grain of keys.
     fields: the extremes of the fields that terms may bound themselves by.
     """
 
-    norms: Any
+    norms: Float[Array, "B heads grains"]
     fields: dict[Field, Extremes]
 
 
@@ -50,20 +51,20 @@ class Pruning:
     floors: the least log2-sum of a grain of queries.
     """
 
-    grains: Any = None
-    reach: Any = None
-    floors: Any = None
+    grains: Grains | None = None
+    reach: Float[Array, "B N blocks"] | None = None
+    floors: Float[Array, "B N grains"] | None = None
 
     def over_keys(
         self,
         t0: Tile,
         ops: Operands,
-        held: Any,
+        held: Values,
         own: Own,
         plan: Plan,
-        step: Step,
-        state: Any,
-    ) -> tuple[Any, Visits]:
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """The loop over the key blocks of a query block."""
         w, edge = keys_of(t0, plan.two), ops.sight.veiled
         state = w.near_loop(
@@ -81,8 +82,14 @@ class Pruning:
         return state, visits(w, far)
 
     def over_queries(
-        self, t0: Tile, ops: Operands, held: Any, plan: Plan, step: Step, state: Any
-    ) -> tuple[Any, Visits]:
+        self,
+        t0: Tile,
+        ops: Operands,
+        held: Values,
+        plan: Plan,
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """The loop over the query blocks of a key block."""
         w, edge = queries_of(t0, plan.two), ops.sight.veiled
         state = w.near_loop(
@@ -96,7 +103,7 @@ class Pruning:
         )
         return state, visits(w, far)
 
-    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
+    def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """One tile: every one is visited."""
         return step(t, state)
 
@@ -110,21 +117,29 @@ def far_keys(
     t: Tile,
     w: schedule.Walk,
     ops: Operands,
-    held: Any,
+    held: Values,
     pruning: Pruning,
-    reach: Any,
-    floor: Any,
+    reach: jax.Array,
+    floor: jax.Array,
 ) -> schedule.Remaining:
     """The far blocks that remain, where every row's log2-sum is at least `floor`."""
+    grains = pruning.grains
+    assert grains is not None
 
-    def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
-        return largest_scores(t, ops, held, pruning.grains, reach, j, ok), floor
+    def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return largest_scores(t, ops, held, grains, reach, j, ok), floor
 
     return schedule.holes(t.call, w.sides, pl.cdiv(t.call.S, t.bk), t.bk, weight)
 
 
 def largest_scores(
-    t: Tile, ops: Operands, held: Any, grains: Grains, reach: Any, j: Any, ok: Any
+    t: Tile,
+    ops: Operands,
+    held: Values,
+    grains: Grains,
+    reach: jax.Array,
+    j: jax.Array,
+    ok: jax.Array,
 ) -> jax.Array:
     """No score of these queries with the keys of blocks j is above this, in log2."""
     p0, k0 = t.q0 + t.frame.offset, j * t.bk
@@ -139,29 +154,32 @@ def largest_scores(
 
 
 def far_queries(
-    t: Tile, w: schedule.Walk, ops: Operands, held: Any, pruning: Pruning, plan: Plan
+    t: Tile,
+    w: schedule.Walk,
+    ops: Operands,
+    held: Values,
+    pruning: Pruning,
+    plan: Plan,
 ) -> schedule.Remaining:
     """The far blocks that remain, where a block's row sums are at least its floor."""
     call, lead = t.call, (t.b, t.h)
-    norm = _norm_of_keys(pruning.grains.norms, t)
+    grains, reaches, floors = pruning.grains, pruning.reach, pruning.floors
+    assert grains is not None
+    assert reaches is not None
+    assert floors is not None
+    norm = _norm_of_keys(grains.norms, t)
     own = {
-        f: _of_own(x, t, t.k0, t.bk)
-        for f, x in pruning.grains.fields.items()
-        if f.span != "q"
+        f: _of_own(x, t, t.k0, t.bk) for f, x in grains.fields.items() if f.span != "q"
     }
     reach_block = block_of(call, plan, "forward").block_q
 
     def weight(i: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
         q0 = i * t.bq + t.frame.offset
-        reach = schedule.of_blocks(
-            pruning.reach, lead, i, ok, t.bq, reach_block, jnp.maximum
-        )
-        floor = schedule.of_blocks(
-            pruning.floors, lead, i, ok, t.bq, GRAIN, jnp.minimum
-        )
+        reach = schedule.of_blocks(reaches, lead, i, ok, t.bq, reach_block, jnp.maximum)
+        floor = schedule.of_blocks(floors, lead, i, ok, t.bq, GRAIN, jnp.minimum)
         known = {
             f: _of_blocks(x, t, i, ok, t.bq)
-            for f, x in pruning.grains.fields.items()
+            for f, x in grains.fields.items()
             if f not in own
         }
         ranges = q0, q0 + t.bq - 1, t.k0, t.k0 + t.bk - 1
@@ -171,24 +189,26 @@ def far_queries(
     return schedule.holes(call, w.sides, pl.cdiv(call.T, t.bq), t.bq, weight)
 
 
-def _of_own(x: Extremes, t: Tile, i0: Any, n: int) -> Extremes:
+def _of_own(x: Extremes, t: Tile, i0: Index, n: int) -> Extremes:
     """The extremes of a field on n of its entries, those of the own block."""
     if x.least.shape[-1] == 1:  # the same for every query and key
         i0, n = i0 * 0, 1
     return Extremes(*schedule.of_own(x, t.call, t.b, t.h, i0, n))
 
 
-def _of_blocks(x: Extremes, t: Tile, i: jax.Array, ok: Any, block: int) -> Extremes:
+def _of_blocks(
+    x: Extremes, t: Tile, i: jax.Array, ok: jax.Array, block: int
+) -> Extremes:
     """The extremes of a field on each of a vector of blocks."""
 
-    def worst(ref: Any, of: Any) -> jax.Array:
+    def worst(ref: Ref, of: schedule.Worst) -> jax.Array:
         lead = schedule.lead_of(ref, t.call, t.b, t.h)
         return schedule.of_blocks(ref, lead, i, ok, block, GRAIN, of)
 
     return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
 
 
-def _norm_of_keys(norms: Any, t: Tile) -> jax.Array:
+def _norm_of_keys(norms: Ref, t: Tile) -> jax.Array:
     """The largest norm of the keys of a block."""
     final = norms.shape[-1] - 1
     head = t.h // i32(t.call.N // norms.shape[1])

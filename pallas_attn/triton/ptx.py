@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_attn.call import Call
 
@@ -57,7 +56,7 @@ def barrier(call: Call) -> None:
         plgpu.debug_barrier()
 
 
-def uniform(call: Call, x: Any) -> Any:
+def uniform(call: Call, x: jax.Array) -> jax.Array:
     """The same integer in a uniform register.
 
     A trip count that comes from a reduction looks different in every thread to ptxas,
@@ -71,7 +70,7 @@ def uniform(call: Call, x: Any) -> Any:
     return jnp.max(same)
 
 
-def _inline(asm: str, x: jax.Array, dtype: Any, *more: jax.Array) -> jax.Array:
+def _inline(asm: str, x: jax.Array, dtype: DTypeLike, *more: jax.Array) -> jax.Array:
     register = "f" if dtype == f32 else "r"
     kind = ",".join([f"={register}", *[register] * (1 + len(more))])
     out = jax.ShapeDtypeStruct(x.shape, dtype)

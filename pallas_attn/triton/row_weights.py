@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Ref, Scalar
 
 
 class RowWeights(Protocol):
@@ -30,7 +31,7 @@ class RowWeights(Protocol):
         self,
         t: Tile,
         s: jax.Array,
-        row: Any,
+        row: Scalar,
         rest: list[jax.Array],
         visible: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -39,7 +40,7 @@ class RowWeights(Protocol):
         Args:
             t: The tile.
             s: Its products q.k, in their units.
-            row: What is added to whole rows of logits.
+            row: What is added to whole rows of logits, one per query or 0.0.
             rest: What else is added to logits, part by part.
             visible: Where a query may attend; None: everywhere.
         """
@@ -54,12 +55,12 @@ class RowCotangents(Protocol):
     """What backward kernels read of rows beside the operands; a pytree of refs."""
 
     @property
-    def do(self) -> Any:
+    def do(self) -> Ref:
         """[B, T, N, h], the cotangent of the output."""
         ...
 
     @property
-    def dlse(self) -> Any:
+    def dlse(self) -> Ref | None:
         """[B, N, T], what a row of dS adds up to; None: 0."""
         ...
 

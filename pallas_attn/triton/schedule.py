@@ -14,9 +14,9 @@ NaN never compares, so blocks with a value that is not finite are never left out
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from pallas_attn.tiled.block_ranges import (
 from pallas_attn.tiled.summaries import Extremes, Frame, GRAIN, least, most, Sight
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import load_blocks, load_number
+from pallas_attn.types import Index, Range, Ref, Scalar, State
 
 
 i32 = jnp.int32
@@ -47,6 +48,15 @@ BUDGET = 2.0**-24
 ROUNDING = 2.0**-21
 HUGE = 1e38
 
+# (block, its side, state) -> state
+Body = Callable[[Index, Scalar, State], State]
+# The least and the largest of some entries, or of each of several blocks of them.
+Ends = tuple[jax.Array, jax.Array]
+# Indices into the axes [#B, heads] of an array.
+Lead = tuple[Index, Index]
+# Which of two arrays' entries bounds both: a minimum or a maximum.
+Worst = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 @dataclass(frozen=True)
 class Side:
@@ -55,8 +65,8 @@ class Side:
     side: +1 if queries are at or after keys in all of them, -1 if before, 0 if mixed.
     """
 
-    count: Any
-    first: Any
+    count: Index
+    first: Index
     step: int
     side: int
 
@@ -70,18 +80,18 @@ class Walk:
         it would cost registers).
     """
 
-    span: tuple[Any, Any]
-    near: tuple[Any, Any]
-    at: Callable[[Any], Any] | None
+    span: Range
+    near: Range
+    at: Callable[[Index], Index] | None
     sides: tuple[Side, ...]
 
     @property
-    def visible(self) -> Any:
+    def visible(self) -> Index:
         """How many blocks there are to visit when nothing is left out."""
         far = functools.reduce(lambda n, s: n + s.count, self.sides, i32(0))
         return far + self.near[1] - self.near[0]
 
-    def near_loop(self, body: Callable[..., Any], state: Any) -> Any:
+    def near_loop(self, body: Body[State], state: State) -> State:
         """Run body(block, side, state) over the near blocks, of no known side."""
         lo, end = self.near
         if isinstance(lo, int) and isinstance(end, int) and lo == end:
@@ -94,14 +104,14 @@ class Walk:
 class Remaining:
     """The far blocks that are visited: how many, the t-th as (block, side), a bound.
 
-    top: an upper bound of their scores in log2 units; None if there is none.
+    top: an upper bound of their scores in log2 units; inf if there is none.
     """
 
-    count: Any
-    at: Callable[[Any], tuple[Any, Any]]
-    top: Any = None
+    count: Index
+    at: Callable[[Index], tuple[Index, Scalar]]
+    top: Scalar = math.inf
 
-    def loop(self, body: Callable[..., Any], state: Any) -> Any:
+    def loop(self, body: Body[State], state: State) -> State:
         """Run body(block, side, state) over them."""
         if isinstance(self.count, int):  # 0
             return state
@@ -111,7 +121,13 @@ class Remaining:
 
 
 def over_keys(
-    call: Call, frame: Frame, q0: Any, bq: int, bk: int, two: bool, hull: Any
+    call: Call,
+    frame: Frame,
+    q0: Index,
+    bq: int,
+    bk: int,
+    two: bool,
+    hull: Range | None,
 ) -> Walk:
     """The key blocks of a query block. two: far ones lie on two sides of it."""
     visited, whole = keys_in_sight(call, frame, q0, bq)
@@ -137,7 +153,13 @@ def over_keys(
 
 
 def over_queries(
-    call: Call, frame: Frame, k0: Any, bq: int, bk: int, two: bool, hull: Any
+    call: Call,
+    frame: Frame,
+    k0: Index,
+    bq: int,
+    bk: int,
+    two: bool,
+    hull: Range | None,
 ) -> Walk:
     """The query blocks of a key block."""
     visited, whole = queries_in_sight(call, frame, k0, bk)
@@ -164,10 +186,10 @@ def over_queries(
 
 def _split(
     block: int,
-    visited: tuple[Any, Any],
-    whole: tuple[Any, Any],
-    hull: tuple[Any, Any] | None,
-    middle: tuple[Any, Any] | None,
+    visited: Range,
+    whole: Range,
+    hull: Range | None,
+    middle: Range | None,
     side_of: tuple[int | None, int | None],
     low_edge: bool,
     high_edge: bool,
@@ -218,7 +240,7 @@ def _split(
     low = whole_first - first if low_edge else 0
     high = last - tail if high_edge else 0
 
-    def at(t: Any) -> Any:
+    def at(t: Index) -> Index:
         beyond = t - end
         edge = jnp.where(beyond < low, first + beyond, tail + (beyond - low))
         return jnp.where(t < end, t, edge)
@@ -227,15 +249,22 @@ def _split(
     return Walk((first, last), near, at, tuple(sides))
 
 
-def _all_near(block: int, visited: tuple[Any, Any], hull: Any) -> Walk:
+def _all_near(block: int, visited: Range, hull: Range | None) -> Walk:
     """Every block is near: arrays alone tell which pairs are visible."""
     near = blocks(block, visited, hull)
     return Walk(near, near, None, ())
 
 
 def hull(
-    call: Call, sight: Sight, b: Any, h: Any, i0: Any, n: int, block: int, by_key: bool
-) -> tuple[Any, Any] | None:
+    call: Call,
+    sight: Sight,
+    b: Index,
+    h: Index,
+    i0: Index,
+    n: int,
+    block: int,
+    by_key: bool,
+) -> Range | None:
     """The range of blocks that the n entries from i0 may meet; None if no array tells.
 
     Blocks of wholly other segments, or out of sight, at its ends are left out.
@@ -251,22 +280,22 @@ def hull(
     for (queries, keys), rule in tables:
         own, other = (keys, queries) if by_key else (queries, keys)
         mine = of_own(own, call, b, h, i0, n)
-        theirs = tuple(
+        low, high = (
             of_blocks(ref, lead_of(ref, call, b, h), x, ok, block, GRAIN, worst)
             for ref, worst in ((other.least, jnp.minimum), (other.most, jnp.maximum))
         )
-        q, k = (theirs, mine) if by_key else (mine, theirs)
+        q, k = ((low, high), mine) if by_key else (mine, (low, high))
         ok = ok & rule(call, q, k)
     first = jnp.min(jnp.where(ok, x, size))
     last = jnp.max(jnp.where(ok, x + 1, 0))
     return uniform(call, first), uniform(call, last)
 
 
-def _share(call: Call, q: Any, k: Any) -> jax.Array:
+def _share(call: Call, q: Ends, k: Ends) -> jax.Array:
     return (k[0] <= q[1]) & (k[1] >= q[0])
 
 
-def _ordered(call: Call, q: Any, k: Any) -> jax.Array:
+def _ordered(call: Call, q: Ends, k: Ends) -> jax.Array:
     left, right = call.window or (UNBOUNDED, UNBOUNDED)
     if call.causal:
         right = 0
@@ -274,10 +303,10 @@ def _ordered(call: Call, q: Any, k: Any) -> jax.Array:
     return ok if left == UNBOUNDED else ok & (k[1] >= moved(q[0], -left))
 
 
-def of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:
+def of_own(own: Extremes, call: Call, b: Index, h: Index, i0: Index, n: int) -> Ends:
     """(least, most) of the n entries from i0."""
 
-    def entries(ref: Any) -> list[Any]:
+    def entries(ref: Ref) -> list[jax.Array]:
         final = ref.shape[-1] - 1
         lead = lead_of(ref, call, b, h)
         grains = [
@@ -291,13 +320,19 @@ def of_own(own: Extremes, call: Call, b: Any, h: Any, i0: Any, n: int) -> Any:
     )
 
 
-def lead_of(ref: Any, call: Call, b: Any, h: Any) -> tuple[Any, Any]:
+def lead_of(ref: Ref, call: Call, b: Index, h: Index) -> Lead:
     """Indices into the axes [#B, heads] of an array."""
     return b * i32(ref.shape[0] > 1), h // i32(call.N // ref.shape[1])
 
 
 def of_blocks(
-    ref: Any, lead: Any, i: jax.Array, ok: jax.Array, block: int, grain: int, worst: Any
+    ref: Ref,
+    lead: Lead,
+    i: jax.Array,
+    ok: jax.Array,
+    block: int,
+    grain: int,
+    worst: Worst,
 ) -> jax.Array:
     """One number for each block of a vector of blocks, from numbers kept per grain."""
     if block < grain:
@@ -309,7 +344,11 @@ def of_blocks(
 
 
 def holes(
-    call: Call, sides: tuple[Side, ...], size: int, entries: int, weight: Any
+    call: Call,
+    sides: tuple[Side, ...],
+    size: int,
+    entries: int,
+    weight: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
 ) -> Remaining:
     """The far blocks without those that provably hold next to nothing.
 
@@ -329,17 +368,17 @@ def holes(
     return _remaining(sides, cuts, top)
 
 
-def above(x: Any) -> jax.Array:
+def above(x: jax.Array) -> jax.Array:
     """Above x by more than what float32 rounded off it; sums of -1e9 need it."""
     return x + jnp.minimum(jnp.abs(x), HUGE) * ROUNDING
 
 
 def all_far(sides: tuple[Side, ...]) -> Remaining:
     """Every far block."""
-    return _remaining(sides, None, None)
+    return _remaining(sides)
 
 
-def hole(w: jax.Array, n: Any, budget: float) -> tuple[jax.Array, jax.Array]:
+def hole(w: jax.Array, n: Index, budget: float) -> tuple[jax.Array, jax.Array]:
     """Blocks a <= x < b of n, left out: their w add up to no more than the budget."""
     x = jnp.arange(w.shape[0], dtype=i32)
     a = jnp.min(jnp.where((w <= budget) & (x < n), x, n))
@@ -348,12 +387,14 @@ def hole(w: jax.Array, n: Any, budget: float) -> tuple[jax.Array, jax.Array]:
     return a, a + jnp.sum(out.astype(i32), dtype=i32)
 
 
-def _remaining(sides: tuple[Side, ...], cuts: Any, top: Any) -> Remaining:
+def _remaining(
+    sides: tuple[Side, ...], cuts: list[Range] | None = None, top: Scalar = math.inf
+) -> Remaining:
     """One loop over the far blocks of all sides, which the compiler pipelines."""
     if not sides:
         return Remaining(0, lambda t: (t, 0), top)
 
-    def block(t: Any, n: int) -> Any:
+    def block(t: Index, n: int) -> Index:
         if cuts is not None:
             a, b = cuts[n]
             t = t + jnp.where(t >= a, b - a, 0)
@@ -366,7 +407,7 @@ def _remaining(sides: tuple[Side, ...], cuts: Any, top: Any) -> Remaining:
     if len(sides) == 1:
         return Remaining(left[0], lambda t: (block(t, 0), sides[0].side), top)
 
-    def at(t: Any) -> tuple[Any, Any]:
+    def at(t: Index) -> tuple[Index, Scalar]:
         one = t < left[0]
         side = jnp.where(one, f32(sides[0].side), f32(sides[1].side))
         return jnp.where(one, block(t, 0), block(t - left[0], 1)), side

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
-from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.fields import Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.programs import Visits
 from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import State
 
 
 # One more tile of a loop: (tile, state) -> state.
-Step = Callable[[Tile, Any], Any]
+Step = Callable[[Tile, State], State]
 
 
 class Own(NamedTuple):
@@ -39,12 +40,12 @@ class Visitor(Protocol):
         self,
         t0: Tile,
         ops: Operands,
-        held: dict[Field, Any],
+        held: Values,
         own: Own,
         plan: Plan,
-        step: Step,
-        state: Any,
-    ) -> tuple[Any, Visits]:
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """Runs step(tile, state) over the key blocks of t0's query block.
 
         Args:
@@ -65,14 +66,14 @@ class Visitor(Protocol):
         self,
         t0: Tile,
         ops: Operands,
-        held: dict[Field, Any],
+        held: Values,
         plan: Plan,
-        step: Step,
-        state: Any,
-    ) -> tuple[Any, Visits]:
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """Runs step(tile, state) over the query blocks of t0's key block."""
         ...
 
-    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
+    def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """Runs step(t, state) where t may hold weight; else leaves the state."""
         ...

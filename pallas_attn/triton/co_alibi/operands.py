@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.tiled.summaries import Sight
 
@@ -13,12 +13,12 @@ from pallas_attn.tiled.summaries import Sight
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operands:
-    """What every pass reads; slopes [#B, #N]."""
+    """What every pass reads."""
 
-    q: Any
-    k: Any
-    v: Any
-    slopes: Any
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K h"]
+    slopes: Float[Array, "#B #N"]
     sight: Sight
 
 
@@ -28,19 +28,19 @@ class Residuals:
     """What the backward pass keeps of the forward pass; see `Saved`."""
 
     ops: Operands
-    o: Any
-    lse: Any  # [B, N, T], log2, +inf for empty rows
-    base: Any
-    gates: Any
-    gates_low: Any
-    first: Any
-    visits: Any
+    o: Float[Array, "B T N h"]
+    lse: Float[Array, "B N T"]  # log2, +inf for empty rows
+    base: Float[Array, "B N T"]
+    gates: Float[Array, "B N T"]
+    gates_low: Float[Array, "B N T"]
+    first: Int[Array, "B N query_blocks"]
+    visits: Int[Array, "B N query_blocks 2"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Saved:
-    """What the backward passes read beside the operands, per row [B, N, T].
+    """What the backward passes read beside the operands, per row.
 
     base: the exponent that weights count from, log2, +inf for empty rows.
     gates, gates_low: the sum of a row's gates, and its rounding error.
@@ -48,11 +48,11 @@ class Saved:
     start: the first batch entry and key head of a group; None: there is one group.
     """
 
-    do: Any
-    base: Any
-    gates: Any
-    gates_low: Any
-    delta: Any
-    dlse: Any
-    first: Any
-    start: Any = None
+    do: Float[Array, "B T N h"]
+    base: Float[Array, "B N T"]
+    gates: Float[Array, "B N T"]
+    gates_low: Float[Array, "B N T"]
+    delta: Float[Array, "B N T"]
+    dlse: Float[Array, "B N T"] | None
+    first: Int[Array, "B N query_blocks"]
+    start: Int[Array, " 2"] | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -15,6 +15,7 @@ from pallas_attn.triton.blocks import shipped_of_co_alibi
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, Tile
+from pallas_attn.types import Ref
 
 
 i32 = jnp.int32
@@ -80,7 +81,12 @@ def grid_of(call: Call, kernel: str, plan: Plan) -> Grid:
 
 
 def query_tile(
-    sight: Sight, call: Call, plan: Plan, kernel: str, start: Any, program: Program
+    sight: Sight,
+    call: Call,
+    plan: Plan,
+    kernel: str,
+    start: Ref | None,
+    program: Program,
 ) -> Tile:
     """The query block that a program owns; start: of the group, (entry, head)."""
     grid, block = grid_of(call, kernel, plan), getattr(plan, kernel)
@@ -93,7 +99,7 @@ def query_tile(
 
 
 def key_tile(
-    sight: Sight, call: Call, plan: Plan, start: Any, program: Program
+    sight: Sight, call: Call, plan: Plan, start: Ref | None, program: Program
 ) -> Tile:
     """The key block that a program owns, of the first query head of its key head."""
     b, head, j = grid_of(call, "cols", plan).place(program)
@@ -103,5 +109,5 @@ def key_tile(
     return Tile(call, sight, where, b, head * call.G, j * 0, j * bk, bq, bk, flip=True)
 
 
-def _number(ref: Any, i: int) -> Any:
+def _number(ref: Ref | None, i: int) -> jax.Array:
     return i32(0) if ref is None else load_number(ref, (i32(i),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.operands import Residuals
 from pallas_attn.triton.entmax.route import (
+    Alpha,
     backward,
     forward,
     prepared,
@@ -120,11 +120,14 @@ def visited_blocks(
     return share(res.dense.visits), active, active
 
 
-def _values(operands: tuple[Operands, Any], call: SparseCall) -> tuple[Array, Array]:
+def _values(operands: tuple[Operands, Alpha], call: SparseCall) -> tuple[Array, Array]:
     return forward(*operands, call, Wanted(), wants_alpha=False)[0]
 
 
-def _attend_fwd(operands: Any, call: SparseCall) -> Any:
+def _attend_fwd(
+    operands: tuple[Operands, Alpha], call: SparseCall
+) -> tuple[tuple[Array, Array], Residuals]:
+    """With a `CustomVJPPrimal` in place of every operand."""
     (ops, alpha), asked = (
         jax.tree.map(lambda x, i=i: (x.value, x.perturbed)[i], operands)
         for i in range(2)
@@ -133,7 +136,11 @@ def _attend_fwd(operands: Any, call: SparseCall) -> Any:
     return forward(ops, alpha, call, wanted_of(ops, asked[0]), wants_alpha=wants_alpha)
 
 
-def _attend_bwd(call: SparseCall, residuals: Residuals, cotangents: Any) -> Any:
+def _attend_bwd(
+    call: SparseCall,
+    residuals: Residuals,
+    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+) -> tuple[tuple[Operands, Array | None]]:
     do, dtau = cotangents
     if isinstance(do, SymbolicZero):
         do = jnp.zeros((call.B, call.T, call.N, call.h), residuals.ops.q.dtype)
@@ -141,5 +148,5 @@ def _attend_bwd(call: SparseCall, residuals: Residuals, cotangents: Any) -> Any:
     return (backward(residuals, do, dtau, call),)
 
 
-_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
+_attend = jax.custom_vjp(_values, nondiff_argnums=(1,))
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

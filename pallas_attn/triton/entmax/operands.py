@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.normalizers.entmax import Learned, Power
 from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.lists.passes import Lists
 from pallas_attn.triton.entmax.power import power_of
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Scalar
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,24 @@ class EntmaxRows:
         return self.m != jnp.inf
 
     def weights(
-        self, t: Tile, s: jax.Array, row: Any, rest: list[jax.Array], visible: Any
+        self,
+        t: Tile,
+        s: jax.Array,
+        row: Scalar,
+        rest: list[jax.Array],
+        visible: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """(P, U) of products s and of what is added to them."""
         x, m = self.scores(t, s, row, rest, visible)
         return self.power.weights(x, m, t.along_q(self.level), t.call.scale)
 
     def scores(
-        self, t: Tile, s: jax.Array, row: Any, rest: list[jax.Array], visible: Any
+        self,
+        t: Tile,
+        s: jax.Array,
+        row: Scalar,
+        rest: list[jax.Array],
+        visible: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Scores without what a whole row has, and the largest less that."""
         inverse = 1.0 / t.call.scale
@@ -62,13 +74,13 @@ class EntmaxRows:
 class Cotangents:
     """What the backward passes read beside the operands."""
 
-    do: Any  # [B, T, N, h]
-    m: Any  # [B, N, T], the largest score in units of q.k, +inf for empty rows
-    level: Any  # [B, N, T]
-    u: Any  # [B, N, T], sum u
-    delta: Any  # [B, N, T]
-    alpha: Any  # [#B, #N]; None: static
-    dlse: Any = None  # [B, N, T], what a row of dS adds up to; None: 0
+    do: Float[Array, "B T N h"]
+    m: Float[Array, "B N T"]  # the largest score, units of q.k; +inf for empty rows
+    level: Float[Array, "B N T"]
+    u: Float[Array, "B N T"]  # sum u
+    delta: Float[Array, "B N T"]
+    alpha: Float[Array, "#B #N"] | None  # None: static
+    dlse: Float[Array, "B N T"] | None = None  # what a row of dS adds up to; None: 0
     fused: bool = field(default=False, metadata={"static": True})
 
     def of_rows(self, t: Tile) -> EntmaxRows:
@@ -89,16 +101,16 @@ class Dense:
     """What the passes over tiles leave for the backward.
 
     m, level, u: as `Cotangents` has them.
-    o2: [B, T, N, h], float32: the mean of the values by u.
+    o2: float32: the mean of the values by u.
     bits: of every query block a bit for each key block with weight.
     """
 
-    m: Any
-    level: Any
-    u: Any
-    o2: Any
-    bits: Any
-    visits: Any
+    m: Float[Array, "B N T"]
+    level: Float[Array, "B N T"]
+    u: Float[Array, "B N T"]
+    o2: Float[Array, "B T N h"]
+    bits: Int[Array, "B N query_blocks words"]
+    visits: Int[Array, "B N query_blocks 2"]
 
 
 @jax.tree_util.register_dataclass
@@ -108,17 +120,17 @@ class Residuals:
 
     ops: the operands, products as columns.
     factors: the products as they came.
-    alpha: float32 [#B, #N]; None: static.
+    alpha: float32; None: static.
     m, level: as `Cotangents` has them.
     dense, lists: of the way that was taken; of both where the device chose.
     """
 
     ops: Operands
-    factors: tuple[tuple[Any, Any], ...]
-    alpha: Any
-    m: Any
-    level: Any
+    factors: tuple[tuple[Array, Array], ...]
+    alpha: Float[Array, "#B #N"] | None
+    m: Float[Array, "B N T"]
+    level: Float[Array, "B N T"]
     dense: Dense | None
-    lists: Any
+    lists: Lists | None
     wanted: Wanted = field(metadata={"static": True})
     wants_alpha: bool = field(metadata={"static": True})

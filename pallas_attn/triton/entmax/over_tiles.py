@@ -79,6 +79,7 @@ def backward(
     grads = gradients(res, cot, support, total, call, p, passes)
     if not res.wants_alpha:
         return grads, None
+    assert res.alpha is not None
     still = res.alpha[..., None] == 1  # the log-sum-exp does not know alpha
     expected = total
     if total is not None and share is not None:

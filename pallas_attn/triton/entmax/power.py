@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,13 +12,14 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.ptx import exp2, log2, relu
 from pallas_attn.triton.tile import load_number
+from pallas_attn.types import Index, Ref
 
 
 i32 = jnp.int32
 
 
 def power_of(
-    call: SparseCall, alpha: Any, b: Any, h: Any, *, fused: bool = False
+    call: SparseCall, alpha: Ref | None, b: Index, h: Index, *, fused: bool = False
 ) -> Power | Learned:
     """Of query head h of batch entry b; alpha: a ref [#B, #N], None if it is static.
 
@@ -27,6 +27,7 @@ def power_of(
     """
     functions = Functions(*(functools.partial(f, call) for f in (exp2, log2, relu)))
     if call.alpha is None:
+        assert alpha is not None
         at = (b * i32(alpha.shape[0] > 1), h * i32(alpha.shape[1] > 1))
         return Learned(load_number(alpha, at) - 1, functions)
     a = call.alpha - 1

@@ -7,8 +7,6 @@ device looks, and takes the tiles where some row's does not fit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +21,7 @@ from pallas_attn.tiled.autodiff import (
     operands,
     reduced,
 )
-from pallas_attn.tiled.operands import Operands, Wanted
+from pallas_attn.tiled.operands import Cols, Operands, Rows, Wanted
 from pallas_attn.tiled.plan import Plan, plan
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.entmax import over_tiles
@@ -31,6 +29,7 @@ from pallas_attn.triton.entmax.blocks import settled
 from pallas_attn.triton.entmax.call import sparse, SparseCall
 from pallas_attn.triton.entmax.lists import passes as over_lists
 from pallas_attn.triton.entmax.operands import Dense, Residuals
+from pallas_attn.types import Scalar
 
 
 f32 = jnp.float32
@@ -40,10 +39,13 @@ f32 = jnp.float32
 LONG = 8192
 LIST_BYTES, KEY_BYTES = 2**32, 24
 
+# None where it is static.
+Alpha = Float[Array, "#B #N"] | None
+
 
 def prepared(
     problem: Problem,
-) -> tuple[Operands, Float[Array, "#B #N"] | None, SparseCall]:
+) -> tuple[Operands, Alpha, SparseCall]:
     """The operands of the passes, alpha if it is an array, the call with its blocks."""
     ops, call = operands(problem)
     assert isinstance(problem.normalizer, Entmax)
@@ -52,7 +54,12 @@ def prepared(
 
 
 def forward(
-    ops: Operands, alpha: Any, call: SparseCall, wanted: Wanted, *, wants_alpha: bool
+    ops: Operands,
+    alpha: Alpha,
+    call: SparseCall,
+    wanted: Wanted,
+    *,
+    wants_alpha: bool,
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, tau), residuals)."""
     factors = ops.added.products
@@ -81,7 +88,7 @@ def _may_list(call: SparseCall, p: Plan) -> bool:
 
 
 def _taken(
-    ops: Operands, alpha: Any, found: over_lists.Lists, call: SparseCall, p: Plan
+    ops: Operands, alpha: Alpha, found: over_lists.Lists, call: SparseCall, p: Plan
 ) -> tuple[Array, Array, Array, Dense | None]:
     """(output, m, level, what tiles leave) by lists; by tiles if they do not fit."""
 
@@ -111,11 +118,12 @@ def backward(
         dtau = jnp.where(res.m == jnp.inf, 0.0, dtau)
         total = dtau * residual_by_score(res.alpha, call)
 
-    def by_tiles() -> Any:
+    def by_tiles() -> tuple[Operands, Array | None]:
         assert res.dense is not None
         return over_tiles.backward(res, res.dense, do, dtau, total, call, p)
 
-    def by_lists() -> Any:
+    def by_lists() -> tuple[Operands, Array | None]:
+        assert res.lists is not None
         made = over_lists.backward(
             res.ops,
             res.alpha,
@@ -127,8 +135,9 @@ def backward(
             p,
             wants_alpha=res.wants_alpha,
         )
-        made_ = Made(made["rows"], made["cols"], made["pairs"], total)
-        return collected(res, made_, p, call), made.get("alpha")
+        rows, cols = Rows(**made["rows"]), Cols(**made["cols"])
+        every = Made(rows, cols, made["pairs"], total)
+        return collected(res, every, p, call), made.get("alpha")
 
     if res.lists is None:
         grads, by_alpha = by_tiles()
@@ -138,23 +147,27 @@ def backward(
         grads, by_alpha = lax.cond(res.lists.fits, by_lists, by_tiles)
     if by_alpha is None:
         return grads, None
+    assert res.alpha is not None
     return grads, reduced(by_alpha.sum(2), res.alpha, (0, 1))
 
 
-def _threshold_of(alpha: Any, m: Array, level: Array, call: SparseCall) -> Array:
+def _threshold_of(alpha: Alpha, m: Array, level: Array, call: SparseCall) -> Array:
     a = _a(alpha, call)
-    power = Power(a) if takes_power(call.alpha) else Learned(a)
+    power = Power(call.alpha - 1) if takes_power(call.alpha) else Learned(a)
     tau = power.threshold(m * call.scale, level)
     is_lse = jnp.asarray(a == 0)
     return jnp.where(m == jnp.inf, jnp.where(is_lse, -jnp.inf, jnp.inf), tau)
 
 
-def residual_by_score(alpha: Any, call: SparseCall) -> Any:
+def residual_by_score(alpha: Alpha, call: SparseCall) -> Array:
     """What the residual moves by when all scores do: a; of the log-sum-exp, 1."""
     a = _a(alpha, call)
     return jnp.where(a == 0, 1.0, a)
 
 
-def _a(alpha: Any, call: SparseCall) -> Any:
+def _a(alpha: Alpha, call: SparseCall) -> Scalar:
     """Minus 1, alpha: a number, or [#B, #N, 1]."""
-    return alpha[..., None] - 1 if call.alpha is None else call.alpha - 1
+    if call.alpha is not None:
+        return call.alpha - 1
+    assert alpha is not None
+    return alpha[..., None] - 1

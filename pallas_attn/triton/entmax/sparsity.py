@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -14,11 +13,12 @@ from jaxtyping import Array, Bool, Float
 from pallas_attn.tiled.plan import plan
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.entmax.call import SparseCall
-from pallas_attn.triton.entmax.census import census_kernel
+from pallas_attn.triton.entmax.census import census_kernel, Counts
 from pallas_attn.triton.entmax.lists.passes import Lists
 from pallas_attn.triton.entmax.operands import Residuals
 from pallas_attn.triton.launch import launch
 from pallas_attn.triton.programs import grid_of
+from pallas_attn.types import outline
 
 
 f32 = jnp.float32
@@ -39,29 +39,33 @@ def census(res: Residuals, call: SparseCall) -> Census:
     """Counts, by one more sweep over all keys and from what the forward pass left."""
     p = replace(plan(call, res.ops.sight, res.ops.added, res.wanted), pruned=False)
     grid = grid_of(call, p, "forward")
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
-    visits = jax.ShapeDtypeStruct((call.B, call.N, grid.blocks, 2), i32)
-    out = launch(
+    rows = outline((call.B, call.N, call.T), f32)
+    visits = outline((call.B, call.N, grid.blocks, 2), i32)
+    out: Counts = launch(
         census_kernel,
         grid.shape,
-        (res.ops, res.alpha, {"m": res.m, "level": res.level}),
-        {"visible": rows, "weighty": rows, "visits": visits},
+        (res.ops, res.alpha, res.level, res.m),
+        Counts(rows, visits, rows),
         call,
         block_of(call, p, "forward"),
         plan=p,
     )
-    weighty, active = out["weighty"], None
+    weighty, active = out.weighty, None
     if res.dense is not None:
         bits = lax.population_count(res.dense.bits)
         active = bits.sum((2, 3), dtype=i32).astype(f32)
     if res.lists is not None:
         listed = _listed(res.lists, call).sum((2, 3), dtype=i32).astype(f32)
-        fits = True if active is None else res.lists.fits
-        active = listed if active is None else jnp.where(fits, listed, active)
-        weighty = jnp.where(fits, res.lists.count.astype(f32), weighty)
+        count, fits = res.lists.count.astype(f32), res.lists.fits
+        if active is None:
+            weighty, active = count, listed
+        else:
+            assert fits is not None
+            weighty = jnp.where(fits, count, weighty)
+            active = jnp.where(fits, listed, active)
     assert active is not None
-    blocks = out["visits"][..., 1].sum(2, dtype=i32).astype(f32)
-    return Census(_share(weighty.sum(2), out["visible"].sum(2)), _share(active, blocks))
+    blocks = out.visits[..., 1].sum(2, dtype=i32).astype(f32)
+    return Census(_share(weighty.sum(2), out.visible.sum(2)), _share(active, blocks))
 
 
 def _share(part: Array, whole: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,14 @@ from jaxtyping import Array, Int
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.block_ranges import Runs
+from pallas_attn.tiled.fields import Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.programs import key_runs, query_runs, side_of, Visits
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
 from pallas_attn.triton.visitor import Own, Step
+from pallas_attn.types import Index, Ref, State
 
 
 i32 = jnp.int32
@@ -44,32 +45,39 @@ class Support:
         self,
         t0: Tile,
         ops: Operands,
-        held: Any,
+        held: Values,
         own: Own | None,
         plan: Plan,
-        step: Step,
-        state: Any,
-    ) -> tuple[Any, Visits]:
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """The loop over the key blocks of a query block."""
         row = (t0.b, t0.h, t0.q0 // i32(t0.bq))
 
-        def visit(j: Any, edge: bool, state: Any) -> Any:
+        def visit(j: Index, edge: bool, state: State) -> State:
             return step(at_keys(t0, j, side_of(t0), edge=edge), state)
 
         return _over(t0, self.by_query, row, key_runs(t0), visit, state)
 
     def over_queries(
-        self, t0: Tile, ops: Operands, held: Any, plan: Plan, step: Step, state: Any
-    ) -> tuple[Any, Visits]:
+        self,
+        t0: Tile,
+        ops: Operands,
+        held: Values,
+        plan: Plan,
+        step: Step[State],
+        state: State,
+    ) -> tuple[State, Visits]:
         """The loop over the query blocks of a key block."""
         row = (t0.b, t0.h, t0.k0 // i32(t0.bk))
 
-        def visit(i: Any, edge: bool, state: Any) -> Any:
+        def visit(i: Index, edge: bool, state: State) -> State:
             return step(at_queries(t0, i, side_of(t0), edge=edge), state)
 
+        assert self.by_key is not None
         return _over(t0, self.by_key, row, query_runs(t0), visit, state)
 
-    def on_tile(self, t: Tile, step: Step, state: Any) -> Any:
+    def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """One tile, if it has weight."""
         j = t.k0 // i32(t.bk)
         row = (t.b, t.h, t.q0 // i32(t.bq), j // WORD)
@@ -82,7 +90,7 @@ def words_of(blocks: int) -> int:
     return max(2, pl.next_power_of_2(pl.cdiv(blocks, WORD)))
 
 
-def mark(bits: jax.Array, j: Any, sums: jax.Array) -> jax.Array:
+def mark(bits: jax.Array, j: Index, sums: jax.Array) -> jax.Array:
     """The words with bit j set, unless all sums are 0; NaN is not."""
     some = (~(jnp.sum(sums) <= 0)).astype(i32)
     word = jnp.arange(bits.shape[0], dtype=i32) == j // WORD
@@ -103,12 +111,12 @@ def by_key(bits: Int[Array, "B N I words"], key_blocks: int) -> Int[Array, "B N 
 
 def _over(
     t: Tile,
-    bits: Any,
-    row: tuple[Any, ...],
+    bits: Ref,
+    row: tuple[Index, ...],
     runs: Runs,
-    visit: Callable[[Any, bool, Any], Any],
-    state: Any,
-) -> tuple[Any, Visits]:
+    visit: Callable[[Index, bool, State], State],
+    state: State,
+) -> tuple[State, Visits]:
     """Visit the blocks with a bit, edges masked."""
     every = ((runs.lo, runs.hi, t.sight.veiled), (runs.hi, runs.last, True))
     if runs.lo is not runs.first:
@@ -118,7 +126,7 @@ def _over(
         if isinstance(lo, int) and isinstance(hi, int) and lo >= hi:
             continue
 
-        def one(x: Any, s: Any, edge: bool = edge) -> Any:
+        def one(x: Index, s: State, edge: bool = edge) -> State:
             return visit(x, edge, s)
 
         state, n = _set_bits(t.call, bits, row, lo, hi, one, state)
@@ -128,23 +136,23 @@ def _over(
 
 def _set_bits(
     call: Call,
-    ref: Any,
-    row: tuple[Any, ...],
-    lo: Any,
-    hi: Any,
-    body: Callable[[Any, Any], Any],
-    state: Any,
-) -> tuple[Any, Any]:
+    ref: Ref,
+    row: tuple[Index, ...],
+    lo: Index,
+    hi: Index,
+    body: Callable[[Index, State], State],
+    state: State,
+) -> tuple[State, jax.Array]:
     """Run body(block, state) over the blocks lo..hi that have a bit; how many."""
 
-    def word(w: Any, state: Any) -> Any:
-        state, count = state
+    def word(w: jax.Array, found: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, count = found
         bits = load_number(ref, (*row, w)) & _span(lo, hi, w)
         bits = uniform(call, bits) if not call.interpret else bits
         n = lax.population_count(bits)
 
-        def one(_: Any, state: Any) -> Any:
-            left, state = state
+        def one(_: Index, rest: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            left, state = rest
             block = w * WORD + (WORD - 1) - lax.clz(left & -left)
             return left & (left - 1), body(block, state)
 
@@ -155,10 +163,10 @@ def _set_bits(
     return lax.fori_loop(first, last, word, (state, i32(0)))
 
 
-def _span(lo: Any, hi: Any, w: Any) -> Any:
+def _span(lo: Index, hi: Index, w: jax.Array) -> jax.Array:
     """The bits of word w that stand for blocks lo..hi."""
 
-    def below(n: Any) -> Any:
+    def below(n: jax.Array) -> jax.Array:
         return jnp.where(n >= WORD, -1, (i32(1) << jnp.clip(n, 0, WORD - 1)) - 1)
 
     return below(hi - WORD * w) & ~below(lo - WORD * w)
