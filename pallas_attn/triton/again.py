@@ -81,12 +81,12 @@ def _with_flag(
     **static: Any,
 ) -> None:
     """A kernel, as a program whose flag is 0 until a result is not finite."""
-    *operands, flags = refs
+    *given, flags = refs
     number = _number_of(program.place, sizes)
     store_number(flags, (number,), 0)
     barrier(call)  # any thread may store the 1, and not before the 0
     program = replace(program, flag=(flags, number))
-    body(*operands, call=call, program=program, **static)
+    body(*given, call=call, program=program, **static)
 
 
 def _flagged(
