@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,7 +20,18 @@ from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 from pallas_attn.triton.co_alibi.operands import Operands, Saved
 from pallas_attn.triton.co_alibi.plan import key_tile, Plan, query_tile
-from pallas_attn.triton.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
+from pallas_attn.triton.co_alibi.scan import (
+    add,
+    Exactly,
+    gates,
+    less,
+    negative,
+    products,
+    Reference,
+    Slope,
+    Sums,
+    Triangles,
+)
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.programs import key_runs, query_runs
 from pallas_attn.triton.ptx import exp2, uniform
@@ -50,6 +62,7 @@ def rows_kernel(
     q, do, delta = t0.rows(ops.q), t0.rows(saved.do), t0.stat(saved.delta)
     base = t0.stat(saved.base, jnp.inf)
     every = t0.stat(saved.gates), t0.stat(saved.gates_low)
+    log_sum, right_of_base = _log_sum(t0, saved), _right_of_base(t0, saved)
     lead = _local(t0, saved.start, call)
 
     def step(j: Any, edge: bool, state: Any) -> Any:
@@ -58,12 +71,16 @@ def rows_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, bent), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        z = add(z, -jnp.sum(g, 1))
+        z = add(z, negative(sums.total(g)))
         right = z[0] + z[1]
-        e = base + slope.falls * right - slope.grows * less(every, z)
+        if right_of_base is None:
+            e = base + slope.falls * right - slope.grows * less(every, z)
+        else:
+            e = Reference(base, right_of_base).on_tile(slope, z)
         t.put_carry(carry, (*lead, j), e, c)
         inside = sums.suffix(g)
-        x = (s * mul - e[:, None]) - slope.log2 * inside
+        scores, beside = products(call, s, mul, slope.log2, inside)
+        x = _exponents(t, scores, beside, e, log_sum)
         p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         dp, drop = t.dot(do, v.T), drop_on(t)
         dp = dp if drop is None else drop(dp * rescale(call))
@@ -122,6 +139,7 @@ def cols_kernel(
             t = at_queries(t0, i, 0, edge)
             q, do, delta = t.rows(ops.q), t.rows(saved.do), t.stat(saved.delta)
             e, c = (t.carry(carry, (*lead, j), which) for which in (0, 1))
+            log_sum = _log_sum(t, saved)
             # What rows did not write is whatever was there.
             first = load_number(saved.first, (t.b, h, i // ratio))
             (s, bent), visible = dots(t, q, k, [], []), t.visible
@@ -130,7 +148,8 @@ def cols_kernel(
                 real = real & (jnp.max(visible.astype(i32), 0) > 0)
             e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
             g = gates(t, s, visible)
-            x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
+            scores, beside = products(call, s, mul, slope.log2, sums.suffix(g))
+            x = _exponents(t, scores, beside, e, log_sum)
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
             dp, drop = t.dot(v, do.T), drop_on(t)
             dp = dp if drop is None else drop(dp * rescale(call))
@@ -162,6 +181,26 @@ def cols_kernel(
     x0.put_keys(out["dk"], x0.keep_keys(dk * call.scale))
     dv = dv * rescale(call) if call.dropout else dv
     x0.put_keys(out["dv"], x0.keep_keys(dv))
+
+
+def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
+    return None if saved.log_sum is None else t.stat(saved.log_sum)
+
+
+def _right_of_base(t: Tile, saved: Saved) -> Exactly | None:
+    if saved.right is None:
+        return None
+    return t.stat(saved.right), t.stat(saved.right_low)
+
+
+def _exponents(
+    t: Tile, s: jax.Array, beside: jax.Array, e: jax.Array, log_sum: jax.Array | None
+) -> jax.Array:
+    """Of weights, log2; e and log_sum: [queries]."""
+    if log_sum is None:
+        return (s - t.along_q(e)) - beside
+    # First what the forward pass rounded, in the same way: what is left is small.
+    return ((s - beside) - t.along_q(e)) - t.along_q(log_sum)
 
 
 def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:

@@ -16,7 +16,15 @@ from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import schedule
 from pallas_attn.triton.co_alibi.operands import Operands
 from pallas_attn.triton.co_alibi.plan import Plan, query_tile
-from pallas_attn.triton.co_alibi.scan import add, gates, Slope, Sums, Triangles
+from pallas_attn.triton.co_alibi.scan import (
+    add,
+    gates,
+    products,
+    Reference,
+    Slope,
+    Sums,
+    Triangles,
+)
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.programs import key_runs
 from pallas_attn.triton.ptx import exp2, uniform
@@ -25,6 +33,7 @@ from pallas_attn.triton.tile import at_keys, store_number, Tile, zeros
 
 
 f32 = jnp.float32
+SPLIT = ("base", "log_sum", "right", "right_low")
 i32 = jnp.int32
 
 # Keys left out weigh less than 2^-24 of their row; and what all rows leave out of one
@@ -61,30 +70,32 @@ def forward_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        beside = slope.log2 * sums.suffix(g)
-        base = u + slope.falls * z[0]
-        if online:
-            x = s * mul - beside
+        scores, beside = products(call, s, mul, slope.log2, sums.suffix(g))
+        base = u.on_tile(slope, z)
+        if online or u.right is not None:
+            # The same steps as in the other passes, where these are to be exact.
+            x = scores - beside
             x = x if visible is None else jnp.where(visible, x, -jnp.inf)
             new = jnp.maximum(base, jnp.max(x, 1))
             old = exp2(call, base - new)
             acc, l = acc * old[:, None], l * old
-            u = jnp.where(new > base, new - slope.falls * z[0], u)
+            u = u.raised(slope, z, base, new)
             p = exp2(call, x - new[:, None])
         else:
-            x = (s * mul - base[:, None]) - beside
+            x = (scores - base[:, None]) - beside
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
-        total = jnp.sum(g, 1)
+        total = sums.total(g)
         drop = drop_on(t)
         kept = p if drop is None else drop(p)
         acc = acc + t.dot(kept.astype(v.dtype), t.seen_keys(visible, v))
-        return acc, u + slope.grows * total, l + jnp.sum(p, 1), add(z, total)
+        return acc, u.past(slope, total), l + jnp.sum(p, 1), add(z, total)
 
     def leftwards(end: Any, edge: bool, online: bool) -> Any:
         return lambda n, state: step(at_keys(t0, end - 1 - n, 0, edge), state, online)
 
     zero, veiled = jnp.zeros((t0.bq,), f32), ops.sight.veiled
-    state = (zeros(t0.bq, ops.v), zero + lowest(1.0) * LOG2E, zero, (zero, zero))
+    u = Reference.at_start(call, zero + lowest(1.0) * LOG2E)
+    state = (zeros(t0.bq, ops.v), u, zero, (zero, zero))
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
     whole = i32(at.hi) - i32(at.lo)
@@ -103,9 +114,16 @@ def forward_kernel(
         acc = acc * rescale(call)
     dead = l == 0
     t0.put_rows(out["o"], acc / jnp.where(dead, 1.0, l)[:, None])
-    u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
-    t0.put_stat(out["base"], u)
-    t0.put_stat(out["lse"], u - slope.grows * z[0])
+    if u.right is None:
+        total = jnp.where(dead, jnp.inf, u.exponent + jnp.log2(l))
+        t0.put_stat(out["base"], total)
+        t0.put_stat(out["lse"], total - slope.grows * z[0])
+    else:
+        base = jnp.where(dead, jnp.inf, u.exponent)
+        log_sum = jnp.where(dead, 0.0, jnp.log2(l))
+        for name, x in zip(SPLIT, (base, log_sum, *u.right), strict=True):
+            t0.put_stat(out[name], x)
+        t0.put_stat(out["lse"], base - slope.log2 * (u.right[0] + u.right[1]) + log_sum)
     t0.put_stat(out["gates"], z[0])
     t0.put_stat(out["gates_low"], z[1])
     i = t0.q0 // i32(t0.bq)
@@ -169,7 +187,8 @@ class Limit:
         reach = self.reach * norm
         top = jnp.where(self.slope.m >= 0, reach - m * z[0], jnp.inf)
         tail = jnp.log2(1 + jnp.exp2(-reach)) - jnp.log2(jnp.maximum(m / LOG2E, 1e-30))
-        one = jnp.where(self.inside, top + BITS - (u + jnp.log2(l)), -1e30)
+        have = u.from_zero(self.slope) + jnp.log2(l)
+        one = jnp.where(self.inside, top + BITS - have, -1e30)
         one = jnp.where(one < 1e30, one, 1e30)  # NaN too, which a maximum would drop
         excess = one + jnp.minimum(self.most, tail)
         if self.blocks is not None:
@@ -206,11 +225,13 @@ def bounded(
         # Any reference that keeps weights in range does. It is raised once where a
         # weight to come could overflow; else the running maximum stays.
         top, _ = limit.bound(left, (acc, u, l, z))
-        lift = jnp.maximum(u, top - limit.room) - u
+        far = u.from_zero(limit.slope)
+        lift = jnp.maximum(far, top - limit.room) - far
         easy = jnp.max(jnp.where(lift < LIFT, 0.0, 1.0)) == 0
         lift = jnp.where(easy, lift, 0.0)
+        u, lift = u.lifted(lift)
         old = jnp.exp2(-lift)
-        state = (acc * old[:, None], u + lift, l * old, z)
+        state = (acc * old[:, None], u, l * old, z)
         end, fast = limit.lo + left, uniform(limit.call, jnp.where(easy, n, 0))
         state = lax.fori_loop(i32(0), fast, leftwards(end, veiled, False), state)
         state = lax.fori_loop(fast, n, leftwards(end, veiled, True), state)

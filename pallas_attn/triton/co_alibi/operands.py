@@ -35,6 +35,9 @@ class Residuals:
     gates_low: Any
     first: Any
     visits: Any
+    log_sum: Any = None
+    right: Any = None
+    right_low: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +47,9 @@ class Saved:
 
     base: the exponent that weights count from, log2, +inf for empty rows.
     gates, gates_low: the sum of a row's gates, and its rounding error.
+    log_sum: log2 of the sum of the weights that base counts; None: base has it.
+    right, right_low: the gates at the right of where base counts; None: it counts where
+        what matters lies (see `Slope`).
     first: the first key block that a query block of the forward pass visited.
     start: the first batch entry and key head of a group; None: there is one group.
     """
@@ -56,3 +62,6 @@ class Saved:
     dlse: Any
     first: Any
     start: Any = None
+    log_sum: Any = None
+    right: Any = None
+    right_low: Any = None
