@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.call import Call
@@ -28,24 +27,6 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
     if call.interpret:
         return jnp.log2(x)
     return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
-
-
-def product(call: Call, x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """x y, rounded: no compiler makes one multiply-add of it and what it is added to.
-
-    Each would where it likes, and the same formula in two kernels differ by a rounding.
-    """
-    if call.interpret:
-        return lax.optimization_barrier(x * y)
-    x, y = jnp.broadcast_arrays(x, y)
-    out = jax.ShapeDtypeStruct(x.shape, f32)
-    return plgpu.elementwise_inline_asm(
-        "mul.rn.f32 $0, $1, $2;",
-        args=[x, y],
-        constraints="=f,f,f",
-        pack=1,
-        result_shape_dtypes=[out],
-    )[0]
 
 
 def relu(call: Call, x: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ def _forward(
         "visits": jax.ShapeDtypeStruct((*per_block, 2), i32),
     }
     if exact(call):
-        outputs |= dict.fromkeys(("log_sum", "right", "right_low"), rows)
+        outputs |= dict.fromkeys(("inside", "right", "right_low", "log_sum"), rows)
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, norms, ones)
     out = launch(
@@ -157,9 +157,10 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
         delta,
         dlse,
         res.first,
-        log_sum=res.log_sum,
+        inside=res.inside,
         right=res.right,
         right_low=res.right_low,
+        log_sum=res.log_sum,
     )
     outputs = {
         "rows": {"dq": like(ops.q), "dm": rows, "visits": _visits(call, "rows", p)},

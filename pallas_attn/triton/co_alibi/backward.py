@@ -22,11 +22,10 @@ from pallas_attn.triton.co_alibi.operands import Operands, Saved
 from pallas_attn.triton.co_alibi.plan import key_tile, Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import (
     add,
-    Exactly,
+    from_reference,
     gates,
     less,
     negative,
-    products,
     Reference,
     Slope,
     Sums,
@@ -62,7 +61,7 @@ def rows_kernel(
     q, do, delta = t0.rows(ops.q), t0.rows(saved.do), t0.stat(saved.delta)
     base = t0.stat(saved.base, jnp.inf)
     every = t0.stat(saved.gates), t0.stat(saved.gates_low)
-    log_sum, right_of_base = _log_sum(t0, saved), _right_of_base(t0, saved)
+    u, log_sum = _reference(t0, saved, base), _log_sum(t0, saved)
     lead = _local(t0, saved.start, call)
 
     def step(j: Any, edge: bool, state: Any) -> Any:
@@ -73,14 +72,16 @@ def rows_kernel(
         g = gates(t, s, visible)
         z = add(z, negative(sums.total(g)))
         right = z[0] + z[1]
-        if right_of_base is None:
+        if u is None:
             e = base + slope.falls * right - slope.grows * less(every, z)
         else:
-            e = Reference(base, right_of_base).on_tile(slope, z)
+            e = u.ahead(z)
         t.put_carry(carry, (*lead, j), e, c)
         inside = sums.suffix(g)
-        scores, beside = products(call, s, mul, slope.log2, inside)
-        x = _exponents(t, scores, beside, e, log_sum)
+        if log_sum is None:
+            x = (s * mul - e[:, None]) - slope.log2 * inside
+        else:
+            x = from_reference(t, slope, s, inside, base, e) - log_sum[:, None]
         p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         dp, drop = t.dot(do, v.T), drop_on(t)
         dp = dp if drop is None else drop(dp * rescale(call))
@@ -146,10 +147,17 @@ def cols_kernel(
             real = t.inside_rows() & (first <= j)
             if visible is not None:
                 real = real & (jnp.max(visible.astype(i32), 0) > 0)
-            e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
+            if log_sum is None:
+                e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
+            else:
+                base = jnp.where(real, t.stat(saved.base, jnp.inf), jnp.inf)
+                e, c = jnp.where(real, e, 0.0), jnp.where(real, c, 0.0)
             g = gates(t, s, visible)
-            scores, beside = products(call, s, mul, slope.log2, sums.suffix(g))
-            x = _exponents(t, scores, beside, e, log_sum)
+            if log_sum is None:
+                x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
+            else:
+                x = from_reference(t, slope, s, sums.suffix(g), base, e)
+                x = x - log_sum[None, :]
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
             dp, drop = t.dot(v, do.T), drop_on(t)
             dp = dp if drop is None else drop(dp * rescale(call))
@@ -187,20 +195,11 @@ def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
     return None if saved.log_sum is None else t.stat(saved.log_sum)
 
 
-def _right_of_base(t: Tile, saved: Saved) -> Exactly | None:
+def _reference(t: Tile, saved: Saved, base: jax.Array) -> Reference | None:
     if saved.right is None:
         return None
-    return t.stat(saved.right), t.stat(saved.right_low)
-
-
-def _exponents(
-    t: Tile, s: jax.Array, beside: jax.Array, e: jax.Array, log_sum: jax.Array | None
-) -> jax.Array:
-    """Of weights, log2; e and log_sum: [queries]."""
-    if log_sum is None:
-        return (s - t.along_q(e)) - beside
-    # First what the forward pass rounded, in the same way: what is left is small.
-    return ((s - beside) - t.along_q(e)) - t.along_q(log_sum)
+    right = t.stat(saved.right), t.stat(saved.right_low)
+    return Reference(base, t.stat(saved.inside), right)
 
 
 def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:

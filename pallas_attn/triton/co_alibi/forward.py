@@ -18,8 +18,8 @@ from pallas_attn.triton.co_alibi.operands import Operands
 from pallas_attn.triton.co_alibi.plan import Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import (
     add,
+    exact,
     gates,
-    products,
     Reference,
     Slope,
     Sums,
@@ -33,7 +33,6 @@ from pallas_attn.triton.tile import at_keys, store_number, Tile, zeros
 
 
 f32 = jnp.float32
-SPLIT = ("base", "log_sum", "right", "right_low")
 i32 = jnp.int32
 
 # Keys left out weigh less than 2^-24 of their row; and what all rows leave out of one
@@ -59,7 +58,8 @@ def forward_kernel(
 
     graded: a backward pass follows, which sums over queries what this one leaves out.
     The state is (acc, u, l, z): z the gates of the keys so far and u a reference, so
-    that the exponents of the next tile count from u + falls z.
+    that the exponents of the next tile count from u + falls z; or, where sums are
+    exact, a `Reference`.
     """
     t0 = query_tile(ops.sight, call, plan, "forward", None)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
@@ -70,31 +70,40 @@ def forward_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        scores, beside = products(call, s, mul, slope.log2, sums.suffix(g))
-        base = u.on_tile(slope, z)
-        if online or u.right is not None:
-            # The same steps as in the other passes, where these are to be exact.
-            x = scores - beside
+        inside = sums.suffix(g)
+        if exact(call):
+            u, gain = u.moved(t, slope, s, inside, z, visible)
+            old = exp2(call, -gain)
+            acc, l = acc * old[:, None], l * old
+            x = u.exponents(t, slope, s, inside, z)
+            p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
+        elif online:
+            beside, base = slope.log2 * inside, u + slope.falls * z[0]
+            x = s * mul - beside
             x = x if visible is None else jnp.where(visible, x, -jnp.inf)
             new = jnp.maximum(base, jnp.max(x, 1))
             old = exp2(call, base - new)
             acc, l = acc * old[:, None], l * old
-            u = u.raised(slope, z, base, new)
+            u = jnp.where(new > base, new - slope.falls * z[0], u)
             p = exp2(call, x - new[:, None])
         else:
-            x = (scores - base[:, None]) - beside
+            beside, base = slope.log2 * inside, u + slope.falls * z[0]
+            x = (s * mul - base[:, None]) - beside
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         total = sums.total(g)
         drop = drop_on(t)
         kept = p if drop is None else drop(p)
         acc = acc + t.dot(kept.astype(v.dtype), t.seen_keys(visible, v))
-        return acc, u.past(slope, total), l + jnp.sum(p, 1), add(z, total)
+        u = u if exact(call) else u + slope.grows * total[0]
+        return acc, u, l + jnp.sum(p, 1), add(z, total)
 
     def leftwards(end: Any, edge: bool, online: bool) -> Any:
         return lambda n, state: step(at_keys(t0, end - 1 - n, 0, edge), state, online)
 
     zero, veiled = jnp.zeros((t0.bq,), f32), ops.sight.veiled
-    u = Reference.at_start(call, zero + lowest(1.0) * LOG2E)
+    u: Any = zero + lowest(1.0) * LOG2E
+    if exact(call):
+        u = Reference(zero + lowest(call.scale), zero, (zero, zero))
     state = (zeros(t0.bq, ops.v), u, zero, (zero, zero))
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
@@ -114,16 +123,12 @@ def forward_kernel(
         acc = acc * rescale(call)
     dead = l == 0
     t0.put_rows(out["o"], acc / jnp.where(dead, 1.0, l)[:, None])
-    if u.right is None:
-        total = jnp.where(dead, jnp.inf, u.exponent + jnp.log2(l))
-        t0.put_stat(out["base"], total)
-        t0.put_stat(out["lse"], total - slope.grows * z[0])
+    if exact(call):
+        _put_reference(t0, out, slope, u, l)
     else:
-        base = jnp.where(dead, jnp.inf, u.exponent)
-        log_sum = jnp.where(dead, 0.0, jnp.log2(l))
-        for name, x in zip(SPLIT, (base, log_sum, *u.right), strict=True):
-            t0.put_stat(out[name], x)
-        t0.put_stat(out["lse"], base - slope.log2 * (u.right[0] + u.right[1]) + log_sum)
+        u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
+        t0.put_stat(out["base"], u)
+        t0.put_stat(out["lse"], u - slope.grows * z[0])
     t0.put_stat(out["gates"], z[0])
     t0.put_stat(out["gates_low"], z[1])
     i = t0.q0 // i32(t0.bq)
@@ -131,6 +136,20 @@ def forward_kernel(
     store_number(out["visits"], (t0.b, t0.h, i, i * 0), i32(at.last) - first)
     count = i32(at.last) - i32(at.first)
     store_number(out["visits"], (t0.b, t0.h, i, i * 0 + 1), count)
+
+
+def _put_reference(
+    t: Tile, out: dict[str, Any], slope: Slope, u: Reference, l: jax.Array
+) -> None:
+    """Store each row's reference, and the sum of the weights that count from it."""
+    dead = l == 0
+    log_sum, exponent = jnp.log2(l), u.exponent(slope, t.call.scale * LOG2E)
+    t.put_stat(out["base"], jnp.where(dead, jnp.inf, u.score))
+    t.put_stat(out["inside"], u.inside)
+    t.put_stat(out["right"], u.right[0])
+    t.put_stat(out["right_low"], u.right[1])
+    t.put_stat(out["log_sum"], jnp.where(dead, 0.0, log_sum))
+    t.put_stat(out["lse"], jnp.where(dead, jnp.inf, exponent + log_sum))
 
 
 class Limit:
@@ -187,8 +206,9 @@ class Limit:
         reach = self.reach * norm
         top = jnp.where(self.slope.m >= 0, reach - m * z[0], jnp.inf)
         tail = jnp.log2(1 + jnp.exp2(-reach)) - jnp.log2(jnp.maximum(m / LOG2E, 1e-30))
-        have = u.from_zero(self.slope) + jnp.log2(l)
-        one = jnp.where(self.inside, top + BITS - have, -1e30)
+        if exact(self.call):
+            u = u.exponent(self.slope, self.call.scale * LOG2E)
+        one = jnp.where(self.inside, top + BITS - (u + jnp.log2(l)), -1e30)
         one = jnp.where(one < 1e30, one, 1e30)  # NaN too, which a maximum would drop
         excess = one + jnp.minimum(self.most, tail)
         if self.blocks is not None:
@@ -222,19 +242,24 @@ def bounded(
 
     def chunk(carry: Any) -> Any:
         left, n, (acc, u, l, z) = carry
+        if exact(limit.call):
+            end, state = limit.lo + left, carry[2]
+            new = lax.fori_loop(i32(0), n, leftwards(end, veiled, True), state)
+            return after(left, n, z, new)
         # Any reference that keeps weights in range does. It is raised once where a
         # weight to come could overflow; else the running maximum stays.
         top, _ = limit.bound(left, (acc, u, l, z))
-        far = u.from_zero(limit.slope)
-        lift = jnp.maximum(far, top - limit.room) - far
+        lift = jnp.maximum(u, top - limit.room) - u
         easy = jnp.max(jnp.where(lift < LIFT, 0.0, 1.0)) == 0
         lift = jnp.where(easy, lift, 0.0)
-        u, lift = u.lifted(lift)
         old = jnp.exp2(-lift)
-        state = (acc * old[:, None], u, l * old, z)
+        state = (acc * old[:, None], u + lift, l * old, z)
         end, fast = limit.lo + left, uniform(limit.call, jnp.where(easy, n, 0))
         state = lax.fori_loop(i32(0), fast, leftwards(end, veiled, False), state)
         state = lax.fori_loop(fast, n, leftwards(end, veiled, True), state)
+        return after(left, n, z, state)
+
+    def after(left: Any, n: Any, z: Any, state: Any) -> Any:
         rate = jnp.sum(state[3][0] - z[0]) / (limit.bq * n.astype(f32))
         left = left - n
         _, excess = limit.bound(left, state)

@@ -35,9 +35,10 @@ class Residuals:
     gates_low: Any
     first: Any
     visits: Any
-    log_sum: Any = None
+    inside: Any = None
     right: Any = None
     right_low: Any = None
+    log_sum: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +48,9 @@ class Saved:
 
     base: the exponent that weights count from, log2, +inf for empty rows.
     gates, gates_low: the sum of a row's gates, and its rounding error.
-    log_sum: log2 of the sum of the weights that base counts; None: base has it.
-    right, right_low: the gates at the right of where base counts; None: it counts where
-        what matters lies (see `Slope`).
+        Where sums are exact: q.k of the key that weights count from.
+    inside, right, right_low: of that key, see `Reference`; None: sums are not exact.
+    log_sum: log2 of the sum of the weights that count from it; None: base has it.
     first: the first key block that a query block of the forward pass visited.
     start: the first batch entry and key head of a group; None: there is one group.
     """
@@ -62,6 +63,7 @@ class Saved:
     dlse: Any
     first: Any
     start: Any = None
-    log_sum: Any = None
+    inside: Any = None
     right: Any = None
     right_low: Any = None
+    log_sum: Any = None

@@ -13,7 +13,7 @@ from jax import lax
 from pallas_attn.bias.running_sums import two_sum
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E
-from pallas_attn.triton.ptx import product, sigmoid
+from pallas_attn.triton.ptx import sigmoid
 from pallas_attn.triton.tile import load_all, load_number, plain_dot, Tile
 
 
@@ -132,18 +132,6 @@ def gates(t: Tile, s: jax.Array, visible: jax.Array | None) -> jax.Array:
     return g if visible is None else jnp.where(visible, g, 0.0)
 
 
-def products(
-    call: Call, s: jax.Array, mul: float, m: jax.Array, z: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(scores s mul, what m takes from them by sums of gates z).
-
-    Rounded alike in every pass, where sums are exact.
-    """
-    if exact(call):
-        return product(call, s, mul), product(call, z, m)
-    return s * mul, m * z
-
-
 @dataclass(frozen=True)
 class Slope:
     """The slope of a head, and what the sum of gates does to an exponent, in log2.
@@ -174,54 +162,75 @@ class Slope:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reference:
-    """What a row's weights count from, log2, as it moves through the forward pass.
+    """The key that the weights of each row count from, where sums are exact.
 
-    right: None, or (sums exact) the gates at the right of the tile that the exponent
-        was found in, as whose scores it counts. There its distance to a score is
-        exact, however large both are. Else the exponent counts as if z were 0, and is
-        rounded as it is brought there.
+    Not an exponent: of scores of thousands the last digit is a factor of many units,
+    and where it is rounded (in a sum, in a product that becomes a multiply-add) is each
+    pass's own. Differences to a key are small where weights are not, and those of a key
+    to itself are 0: a row's only weight is 1 in every pass.
+
+    score: q.k of the key.
+    inside: gates of the key's tile, from the key on.
+    right: gates at the right of that tile.
     """
 
-    exponent: jax.Array
-    right: Exactly | None
+    score: jax.Array
+    inside: jax.Array
+    right: Exactly
 
-    @classmethod
-    def at_start(cls, call: Call, exponent: jax.Array) -> Reference:
-        """Below all scores."""
-        zero = jnp.zeros_like(exponent)
-        return cls(exponent, (zero, zero) if exact(call) else None)
+    def ahead(self, z: Exactly) -> jax.Array:
+        """Gates from the key on, but for z of them."""
+        return self.inside + less(self.right, z)
 
-    def on_tile(self, slope: Slope, z: Exactly) -> jax.Array:
-        """The exponent among the scores of a tile with gates z at its right."""
-        if self.right is None:
-            return self.exponent + slope.falls * z[0]
-        return self.exponent + slope.log2 * less(z, self.right)
+    def exponent(self, slope: Slope, mul: float) -> jax.Array:
+        """The key's own exponent, log2: rounded, as large as it is."""
+        z = self.inside + (self.right[0] + self.right[1])
+        return self.score * mul - slope.log2 * z
 
-    def raised(
-        self, slope: Slope, z: Exactly, old: jax.Array, new: jax.Array
-    ) -> Reference:
-        """At `new` where that is above `old`, both among the scores of a tile."""
-        if self.right is None:
-            moved = jnp.where(new > old, new - slope.falls * z[0], self.exponent)
-            return Reference(moved, None)
-        moved = (new, z), (self.exponent, self.right)
-        return Reference(*jax.tree.map(lambda a, b: jnp.where(new > old, a, b), *moved))
+    def exponents(
+        self, t: Tile, slope: Slope, s: jax.Array, inside: jax.Array, z: Exactly
+    ) -> jax.Array:
+        """Of a tile with gates z at its right, log2, as they count from the key."""
+        return from_reference(t, slope, s, inside, self.score, self.ahead(z))
 
-    def past(self, slope: Slope, total: Exactly) -> Reference:
-        """After a tile whose gates sum to this."""
-        if self.right is None:
-            return Reference(self.exponent + slope.grows * total[0], None)
-        return self
+    def moved(
+        self,
+        t: Tile,
+        slope: Slope,
+        s: jax.Array,
+        inside: jax.Array,
+        z: Exactly,
+        visible: jax.Array | None,
+    ) -> tuple[Reference, jax.Array]:
+        """(the key of the largest exponent so far, by how much it is above this one).
 
-    def lifted(self, lift: jax.Array) -> tuple[Reference, jax.Array]:
-        """(higher by about `lift`, by exactly how much)."""
-        higher = self.exponent + lift
-        if self.right is not None:
-            lift = higher - self.exponent
-        return Reference(higher, self.right), lift
+        Of rounded exponents the largest may not be the largest; it is, but for 2^-24 of
+        its distance, as distances to it say.
+        """
+        keys = jnp.arange(t.bk, dtype=i32)[None, :]
 
-    def from_zero(self, slope: Slope) -> jax.Array:
-        """The exponent as it counts where no gates lie at the right (slope >= 0)."""
-        if self.right is None:
-            return self.exponent
-        return self.exponent - slope.falls * (self.right[0] + self.right[1])
+        def largest(x: jax.Array) -> tuple[Reference, jax.Array]:
+            x = x if visible is None else jnp.where(visible, x, -jnp.inf)
+            at = keys == jnp.argmax(x, 1).astype(i32)[:, None]
+            of_key = lambda x: jnp.sum(jnp.where(at, x, 0.0), 1)
+            return Reference(of_key(s), of_key(inside), z), jnp.max(x, 1)
+
+        near, top = largest(s * (t.call.scale * LOG2E) - slope.log2 * inside)
+        new, _ = largest(near.exponents(t, slope, s, inside, z))
+        apart = (new.score - self.score) * (t.call.scale * LOG2E)
+        gain = apart - slope.log2 * (new.inside - self.ahead(z))
+        gain = jnp.where(top > -jnp.inf, jnp.maximum(gain, 0.0), 0.0)
+        return jax.tree.map(lambda a, b: jnp.where(gain > 0, a, b), new, self), gain
+
+
+def from_reference(
+    t: Tile,
+    slope: Slope,
+    s: jax.Array,
+    inside: jax.Array,
+    score: jax.Array,
+    ahead: jax.Array,
+) -> jax.Array:
+    """Exponents of a tile, log2; score, ahead: of each row's reference, [queries]."""
+    apart = (s - t.along_q(score)) * (t.call.scale * LOG2E)
+    return apart - slope.log2 * (inside - t.along_q(ahead))
