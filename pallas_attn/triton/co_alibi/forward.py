@@ -70,15 +70,16 @@ def forward_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        inside = sums.suffix(g)
-        if exact(call):
+        log2, inside = slope.log2, sums.suffix(g)
+        beside = log2 * inside
+        base = None if exact(call) else u + slope.falls * z[0]
+        if base is None:
             u, gain = u.moved(t, slope, s, inside, z, visible)
             old = exp2(call, -gain)
             acc, l = acc * old[:, None], l * old
             x = u.exponents(t, slope, s, inside, z)
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         elif online:
-            beside, base = slope.log2 * inside, u + slope.falls * z[0]
             x = s * mul - beside
             x = x if visible is None else jnp.where(visible, x, -jnp.inf)
             new = jnp.maximum(base, jnp.max(x, 1))
@@ -87,7 +88,6 @@ def forward_kernel(
             u = jnp.where(new > base, new - slope.falls * z[0], u)
             p = exp2(call, x - new[:, None])
         else:
-            beside, base = slope.log2 * inside, u + slope.falls * z[0]
             x = (s * mul - base[:, None]) - beside
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         total = sums.total(g)
@@ -101,10 +101,7 @@ def forward_kernel(
         return lambda n, state: step(at_keys(t0, end - 1 - n, 0, edge), state, online)
 
     zero, veiled = jnp.zeros((t0.bq,), f32), ops.sight.veiled
-    u: Any = zero + lowest(1.0) * LOG2E
-    if exact(call):
-        u = Reference(zero + lowest(call.scale), zero, (zero, zero))
-    state = (zeros(t0.bq, ops.v), u, zero, (zero, zero))
+    state = (zeros(t0.bq, ops.v), _low(call, zero), zero, (zero, zero))
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
     whole = i32(at.hi) - i32(at.lo)
@@ -136,6 +133,13 @@ def forward_kernel(
     store_number(out["visits"], (t0.b, t0.h, i, i * 0), i32(at.last) - first)
     count = i32(at.last) - i32(at.first)
     store_number(out["visits"], (t0.b, t0.h, i, i * 0 + 1), count)
+
+
+def _low(call: Call, zero: jax.Array) -> Any:
+    """What weights count from before any key is seen."""
+    if exact(call):
+        return Reference(zero + lowest(call.scale), zero, (zero, zero))
+    return zero + lowest(1.0) * LOG2E
 
 
 def _put_reference(
