@@ -31,7 +31,7 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
 
 
 def product(call: Call, x: Any, factor: float) -> Any:
-    """x times a number, rounded where every dot is IEEE float32.
+    """A multiple of x, rounded where every dot is IEEE float32.
 
     Else a compiler makes one multiply-add of it and a sum wherever it likes, and the
     same score is rounded otherwise in another pass.

@@ -4,7 +4,8 @@
     dm = -sum dT z = -sum g C, the same double sum, taken by keys first
 
 Rows hands cols two carries for each row and key block, the exponent that weights count
-from and the C before the block: with them a key block needs nothing of its neighbours.
+from (or, where sums are exact, the gates from the reference on, see `Reference`) and
+the C before the block: with them a key block needs nothing of its neighbours.
 """
 
 from __future__ import annotations
@@ -141,19 +142,20 @@ def cols_kernel(
             q, do, delta = t.rows(ops.q), t.rows(saved.do), t.stat(saved.delta)
             e, c = (t.carry(carry, (*lead, j), which) for which in (0, 1))
             log_sum = _log_sum(t, saved)
+            base = None if log_sum is None else t.stat(saved.base, jnp.inf)
             # What rows did not write is whatever was there.
             first = load_number(saved.first, (t.b, h, i // ratio))
             (s, bent), visible = dots(t, q, k, [], []), t.visible
             real = t.inside_rows() & (first <= j)
             if visible is not None:
                 real = real & (jnp.max(visible.astype(i32), 0) > 0)
-            if log_sum is None:
+            if base is None:
                 e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
             else:
-                base = jnp.where(real, t.stat(saved.base, jnp.inf), jnp.inf)
+                base = jnp.where(real, base, jnp.inf)
                 e, c = jnp.where(real, e, 0.0), jnp.where(real, c, 0.0)
             g = gates(t, s, visible)
-            if log_sum is None:
+            if base is None or log_sum is None:
                 x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
             else:
                 x = from_reference(t, slope, s, sums.suffix(g), base, e)
