@@ -1,10 +1,11 @@
 """How far a leaf may be off, and how far it is.
 
 A leaf may be off by a unit of its largest entry, 1e-5 in float32 and one rounding in 16
-bits, by half the least number of its dtype, and by what rounding makes of it: six times the most that noise in the truth's own
-steps moved it. That is honest conditioning: a sum of large scores that float32 cannot
-hold moves the truth as it moves the library, and digits that the library alone loses do
-not. In 16 bits it may also be three times as far off as "xla".
+bits, by half the least number of its dtype, and by what rounding makes of it: six times
+the most that noise in the truth's own steps moved it. That is honest conditioning: a
+sum of large scores that float32 cannot hold moves the truth as it moves the library,
+and digits that the library alone loses do not. In 16 bits it may also be three times as
+far off as "xla".
 """
 
 from __future__ import annotations
