@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, Bias, Softmax
+from pallas_attn import ALiBi, Bias, CoALiBi, Softmax
 from pallas_attn.testing.cases import Sample
-from pallas_attn.testing.evaluate import EXACT, gradients, implementations, SMALL, truth
+from pallas_attn.testing.evaluate import (
+    EXACT,
+    gradients,
+    implementations,
+    SMALL,
+    SMALL_CONTEXTUAL,
+    truth,
+)
 from pallas_attn.testing.numerics import assert_formula
 
 
@@ -76,7 +83,7 @@ def test_large_scores_are_as_exact_as_small_ones(name, implementation):
 def saturated(bias: Bias | None, causal: bool) -> Sample:
     """Each query has a key with all of its weight, by thousands, at any distance."""
     rng = np.random.default_rng(1)
-    codes = rng.integers(-40, 41, (1, T, 4, 32))  # no product is rounded
+    codes = rng.uniform(-40, 40, (1, T, 4, 32))
     order = rng.permutation(T)
     operands = {
         "query": jnp.asarray(codes[:, order], jnp.float32),
@@ -96,11 +103,16 @@ def saturated(bias: Bias | None, causal: bool) -> Sample:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     "bias",
-    [None, ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32))],
-    ids=["none", "alibi"],
+    [
+        None,
+        ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)),
+        CoALiBi(jnp.asarray([0.3, -0.7, 1.7, 2.9], jnp.float32)),
+    ],
+    ids=["none", "alibi", "co_alibi"],
 )
 def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
     """However a pass cuts its tiles: scores of thousands are rounded alike in all."""
     drawn = saturated(bias, causal)
-    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    config = SMALL_CONTEXTUAL if isinstance(bias, CoALiBi) else SMALL
+    options = {"implementation": implementation, "config": config, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))

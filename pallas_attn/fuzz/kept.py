@@ -12,6 +12,8 @@ KEPT: dict[str, tuple[int, ...]] = {
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
         100040,  # top_k: a total that is NaN made keys that nobody wrote candidates
+        3025,  # slopes: a multiply-add in one pass, a product and a sum in another
+        200289,  # co_alibi: scores of thousands, a weight of 1 that was 1.0005
         200409,  # a mean by u that was of the threshold before the last step
     ),
 }

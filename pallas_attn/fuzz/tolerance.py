@@ -1,10 +1,11 @@
 """How far a leaf may be off, and how far it is.
 
 A leaf may be off by a unit of its largest entry, 1e-5 in float32 and one rounding in 16
-bits, and by what rounding makes of it: six times the most that noise in the truth's own
-steps moved it. That is honest conditioning: a sum of large scores that float32 cannot
-hold moves the truth as it moves the library, and digits that the library alone loses do
-not. In 16 bits it may also be three times as far off as "xla".
+bits, by half the least number of its dtype, and by what rounding makes of it: six times
+the most that noise in the truth's own steps moved it. That is honest conditioning: a
+sum of large scores that float32 cannot hold moves the truth as it moves the library,
+and digits that the library alone loses do not. In 16 bits it may also be three times as
+far off as "xla".
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ DOUBLE = 1e-10
 # Two draws of noise, each of its steps off by a unit at most: six times the larger.
 NOISE = 6
 DRAWS = 2
+# Where rounding decides which key of a row has its weight, two draws may choose as the
+# truth does. Of more draws the larger, twice, for the choice may fall to either side;
+# where noise moves a leaf smoothly, this is less than six times what two draws move it.
+MORE_DRAWS = 6
+CHOICE = 2
 # Of a leaf that is 0 but for rounding there is no size to be relative to.
 NOTHING = 1e-9
 # A limit is never 0.
@@ -56,11 +62,11 @@ class Leaf:
 
 
 def noisy(elements: Elements) -> list[Arrays]:
-    """What rounding at each step may make of the truth, drawn `DRAWS` times."""
+    """What rounding at each step may make of the truth: `DRAWS`, then `MORE_DRAWS`."""
     plan = elements.plan
     unit = UNITS[plan.accumulator]
     store = UNITS[plan.dtype] if plan.low else unit
-    seeds = ([plan.seed, elements.index, 1000 + n] for n in range(DRAWS))
+    seeds = ([plan.seed, elements.index, 1000 + n] for n in range(DRAWS + MORE_DRAWS))
     rngs = (np.random.default_rng(seed) for seed in seeds)
     noises = (Noise(rng, unit, store) for rng in rngs)
     return [elements.joined(elements.truths(noise)) for noise in noises]
@@ -87,12 +93,15 @@ def leaf(
         skip: Where rounding decides; broadcasts to the leaf.
     """
     error, size = difference(got, want, skip), largest(want)
-    noise = max(difference(x, want, skip) for x in rough)
-    noise = noise if math.isfinite(noise) else 0.0
+    moved = [difference(x, want, skip) for x in rough]
+    moved = [x if math.isfinite(x) else 0.0 for x in moved]
+    noise = max(NOISE * max(moved[:DRAWS]), CHOICE * max(moved))
     dtype = got.dtype.name
     unit = UNITS[plan.dtype] if plan.low else _unit(plan)
     allowed = max(unit, UNITS[dtype]) * size + LEAST
-    allowed += NOISE * noise * (1 if size else 2)
+    allowed += noise * (1 if size else 2)
+    # A number below the normal ones is rounded to a multiple of the least.
+    allowed += float(ml_dtypes.finfo(got.dtype).smallest_subnormal) / 2
     if plan.low and peer is not None:
         allowed += GRADIENT_RATIO * difference(peer, want, skip)
     if size < NOTHING:  # a sum of what cancels

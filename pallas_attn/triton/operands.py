@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_attn.normalizers.softmax import exponent, LOG2E
-from pallas_attn.triton.ptx import exp2
+from pallas_attn.triton.ptx import exp2, product
 from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Scalar
 
@@ -45,8 +45,8 @@ class SoftmaxRows:
             e = e - (t.along_q(self.lse) - row * LOG2E)
         else:
             for r in rest:
-                s = s - r * -inverse  # as the forward pass rounds it
-            base = t.along_q(self.peak) - row * inverse
+                s = s - product(t.call, r, -inverse)  # as the forward pass rounds it
+            base = t.along_q(self.peak) - product(t.call, row, inverse)
             e = exponent(s, base, mul, large=True) - t.along_q(self.total)
         if visible is not None:
             e = jnp.where(visible, e, -jnp.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
@@ -26,6 +27,21 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
     if call.interpret:
         return jnp.log2(x)
     return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
+
+
+def product(call: Call, x: jax.Array, factor: float) -> jax.Array:
+    """A multiple of x, rounded where every dot is IEEE float32.
+
+    Else a compiler makes one multiply-add of it and a sum wherever it likes, and the
+    same score is rounded otherwise in another pass.
+    """
+    y = x * factor
+    if not call.exact or jnp.ndim(x) == 0:  # a number is multiplied once, at the start
+        return y
+    if call.interpret:  # a choice between products is no product
+        return jnp.where(y <= -3e38, -jnp.inf, y)
+    bits = int(np.float32(factor).view(np.uint32))
+    return _inline(f"mul.rn.f32 $0, $1, 0f{bits:08X};", x, f32)
 
 
 def relu(call: Call, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 from pallas_attn.tiled.fields import Field
 from pallas_attn.triton.dropout import drop_on, rescale
+from pallas_attn.triton.ptx import product
 from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.terms import on_tile, parts
 from pallas_attn.triton.tile import Tile
@@ -71,11 +72,11 @@ def row_scores(
     for r in weightless(rest, several):
         # Not `+ r`: that would become the dot's accumulator, whose load Triton does
         # not pipeline.
-        x = x - r * -inverse
+        x = x - product(t.call, r, -inverse)
     visible = t.visible
     if visible is not None:
         x = jnp.where(visible, x, -jnp.inf)
-    row = jnp.broadcast_to(row * inverse, (t.bq, 1)).reshape(t.bq)
+    row = jnp.broadcast_to(product(t.call, row, inverse), (t.bq, 1)).reshape(t.bq)
     return x, t.seen_queries(visible, row), visible
 
 

@@ -23,7 +23,7 @@ from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.triton.co_alibi.forward import forward_kernel
 from pallas_attn.triton.co_alibi.operands import Operands, Residuals, Saved
 from pallas_attn.triton.co_alibi.plan import grid_of, Plan, plan
-from pallas_attn.triton.co_alibi.scan import triangles
+from pallas_attn.triton.co_alibi.scan import exact, triangles
 from pallas_attn.triton.launch import launch, like
 from pallas_attn.triton.passes import PRE_PASS
 from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
@@ -112,6 +112,8 @@ def _forward(
         "first": jax.ShapeDtypeStruct(per_block, i32),
         "visits": jax.ShapeDtypeStruct((*per_block, 2), i32),
     }
+    if exact(call):
+        outputs |= dict.fromkeys(("inside", "right", "right_low", "log_sum"), rows)
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, norms, ones)
     out = launch(
@@ -147,7 +149,19 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
         call,
         PRE_PASS,
     )
-    saved = Saved(do, res.base, res.gates, res.gates_low, delta, dlse, res.first)
+    saved = Saved(
+        do,
+        res.base,
+        res.gates,
+        res.gates_low,
+        delta,
+        dlse,
+        res.first,
+        inside=res.inside,
+        right=res.right,
+        right_low=res.right_low,
+        log_sum=res.log_sum,
+    )
     outputs = {
         "rows": {"dq": like(ops.q), "dm": rows, "visits": _visits(call, "rows", p)},
         "cols": {

@@ -4,7 +4,8 @@
     dm = -sum dT z = -sum g C, the same double sum, taken by keys first
 
 Rows hands cols two carries for each row and key block, the exponent that weights count
-from and the C before the block: with them a key block needs nothing of its neighbours.
+from (or, where sums are exact, the gates from the reference on, see `Reference`) and
+the C before the block: with them a key block needs nothing of its neighbours.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,7 +21,17 @@ from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 from pallas_attn.triton.co_alibi.operands import Operands, Saved
 from pallas_attn.triton.co_alibi.plan import key_tile, Plan, query_tile
-from pallas_attn.triton.co_alibi.scan import add, gates, less, Slope, Sums, Triangles
+from pallas_attn.triton.co_alibi.scan import (
+    add,
+    from_reference,
+    gates,
+    less,
+    negative,
+    Reference,
+    Slope,
+    Sums,
+    Triangles,
+)
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs, query_runs
@@ -57,6 +69,7 @@ def rows_kernel(
     q, do, delta = t0.rows(ops.q), t0.rows(saved.do), t0.stat(saved.delta)
     base = t0.stat(saved.base, jnp.inf)
     every = t0.stat(saved.gates), t0.stat(saved.gates_low)
+    u, log_sum = _reference(t0, saved, base), _log_sum(t0, saved)
     lead = _local(t0, saved.start, call)
 
     def step(j: Any, edge: bool, state: Any) -> Any:
@@ -65,12 +78,18 @@ def rows_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, bent), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        z = add(z, -jnp.sum(g, 1))
+        z = add(z, negative(sums.total(g)))
         right = z[0] + z[1]
-        e = base + slope.falls * right - slope.grows * less(every, z)
+        if u is None:
+            e = base + slope.falls * right - slope.grows * less(every, z)
+        else:
+            e = u.ahead(z)
         t.put_carry(carry, (*lead, j), e, c)
         inside = sums.suffix(g)
-        x = (s * mul - e[:, None]) - slope.log2 * inside
+        if log_sum is None:
+            x = (s * mul - e[:, None]) - slope.log2 * inside
+        else:
+            x = from_reference(t, slope, s, inside, base, e) - log_sum[:, None]
         p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
         dp, drop = t.dot(do, v.T), drop_on(t)
         dp = dp if drop is None else drop(dp * rescale(call))
@@ -130,15 +149,25 @@ def cols_kernel(
             t = at_queries(t0, i, 0, edge)
             q, do, delta = t.rows(ops.q), t.rows(saved.do), t.stat(saved.delta)
             e, c = (t.carry(carry, (*lead, j), which) for which in (0, 1))
+            log_sum = _log_sum(t, saved)
+            base = None if log_sum is None else t.stat(saved.base, jnp.inf)
             # What rows did not write is whatever was there.
             first = load_number(saved.first, (t.b, h, i // ratio))
             (s, bent), visible = dots(t, q, k, [], []), t.visible
             real = t.inside_rows() & (first <= j)
             if visible is not None:
                 real = real & (jnp.max(visible.astype(i32), 0) > 0)
-            e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
+            if base is None:
+                e, c = jnp.where(real, e, jnp.inf), jnp.where(real, c, 0.0)
+            else:
+                base = jnp.where(real, base, jnp.inf)
+                e, c = jnp.where(real, e, 0.0), jnp.where(real, c, 0.0)
             g = gates(t, s, visible)
-            x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
+            if base is None or log_sum is None:
+                x = (s * mul - e[None, :]) - slope.log2 * sums.suffix(g)
+            else:
+                x = from_reference(t, slope, s, sums.suffix(g), base, e)
+                x = x - log_sum[None, :]
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
             dp, drop = t.dot(v, do.T), drop_on(t)
             dp = dp if drop is None else drop(dp * rescale(call))
@@ -170,6 +199,17 @@ def cols_kernel(
     x0.put_keys(out["dk"], x0.keep_keys(dk * call.scale))
     dv = dv * rescale(call) if call.dropout else dv
     x0.put_keys(out["dv"], x0.keep_keys(dv))
+
+
+def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
+    return None if saved.log_sum is None else t.stat(saved.log_sum)
+
+
+def _reference(t: Tile, saved: Saved, base: jax.Array) -> Reference | None:
+    if saved.right is None:
+        return None
+    right = t.stat(saved.right), t.stat(saved.right_low)
+    return Reference(base, t.stat(saved.inside), right)
 
 
 def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:

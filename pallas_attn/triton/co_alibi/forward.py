@@ -16,7 +16,15 @@ from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import schedule
 from pallas_attn.triton.co_alibi.operands import Operands
 from pallas_attn.triton.co_alibi.plan import Plan, query_tile
-from pallas_attn.triton.co_alibi.scan import add, gates, Slope, Sums, Triangles
+from pallas_attn.triton.co_alibi.scan import (
+    add,
+    exact,
+    gates,
+    Reference,
+    Slope,
+    Sums,
+    Triangles,
+)
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs
@@ -52,7 +60,8 @@ def forward_kernel(
 
     graded: a backward pass follows, which sums over queries what this one leaves out.
     The state is (acc, u, l, z): z the gates of the keys so far and u a reference, so
-    that the exponents of the next tile count from u + falls z.
+    that the exponents of the next tile count from u + falls z; or, where sums are
+    exact, a `Reference`.
     """
     t0 = query_tile(ops.sight, call, plan, "forward", None, program)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
@@ -63,9 +72,16 @@ def forward_kernel(
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
-        beside = slope.log2 * sums.suffix(g)
-        base = u + slope.falls * z[0]
-        if online:
+        log2, inside = slope.log2, sums.suffix(g)
+        beside = log2 * inside
+        base = None if exact(call) else u + slope.falls * z[0]
+        if base is None:
+            u, gain = u.moved(t, slope, s, inside, z, visible)
+            old = exp2(call, -gain)
+            acc, l = acc * old[:, None], l * old
+            x = u.exponents(t, slope, s, inside, z)
+            p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
+        elif online:
             x = s * mul - beside
             x = x if visible is None else jnp.where(visible, x, -jnp.inf)
             new = jnp.maximum(base, jnp.max(x, 1))
@@ -76,17 +92,18 @@ def forward_kernel(
         else:
             x = (s * mul - base[:, None]) - beside
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
-        total = jnp.sum(g, 1)
+        total = sums.total(g)
         drop = drop_on(t)
         kept = p if drop is None else drop(p)
         acc = acc + t.dot(kept.astype(v.dtype), t.seen_keys(visible, v))
-        return acc, u + slope.grows * total, l + jnp.sum(p, 1), add(z, total)
+        u = u if exact(call) else u + slope.grows * total[0]
+        return acc, u, l + jnp.sum(p, 1), add(z, total)
 
     def leftwards(end: Any, edge: bool, online: bool) -> Any:
         return lambda n, state: step(at_keys(t0, end - 1 - n, 0, edge), state, online)
 
     zero, veiled = jnp.zeros((t0.bq,), f32), ops.sight.veiled
-    state = (zeros(t0.bq, ops.v), zero + lowest(1.0) * LOG2E, zero, (zero, zero))
+    state = (zeros(t0.bq, ops.v), _low(call, zero), zero, (zero, zero))
     right = i32(at.last) - i32(at.hi)
     state = lax.fori_loop(i32(0), right, leftwards(at.last, True, True), state)
     whole = i32(at.hi) - i32(at.lo)
@@ -105,9 +122,12 @@ def forward_kernel(
         acc = acc * rescale(call)
     dead = l == 0
     t0.put_rows(out["o"], acc / jnp.where(dead, 1.0, l)[:, None])
-    u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
-    t0.put_stat(out["base"], u)
-    t0.put_stat(out["lse"], u - slope.grows * z[0])
+    if exact(call):
+        _put_reference(t0, out, slope, u, l)
+    else:
+        u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
+        t0.put_stat(out["base"], u)
+        t0.put_stat(out["lse"], u - slope.grows * z[0])
     t0.put_stat(out["gates"], z[0])
     t0.put_stat(out["gates_low"], z[1])
     i = t0.q0 // i32(t0.bq)
@@ -115,6 +135,27 @@ def forward_kernel(
     store_number(out["visits"], (t0.b, t0.h, i, i * 0), i32(at.last) - first)
     count = i32(at.last) - i32(at.first)
     store_number(out["visits"], (t0.b, t0.h, i, i * 0 + 1), count)
+
+
+def _low(call: Call, zero: jax.Array) -> Any:
+    """What weights count from before any key is seen."""
+    if exact(call):
+        return Reference(zero + lowest(call.scale), zero, (zero, zero))
+    return zero + lowest(1.0) * LOG2E
+
+
+def _put_reference(
+    t: Tile, out: dict[str, Any], slope: Slope, u: Reference, l: jax.Array
+) -> None:
+    """Store each row's reference, and the sum of the weights that count from it."""
+    dead = l == 0
+    log_sum, exponent = jnp.log2(l), u.exponent(slope, t.call.scale * LOG2E)
+    t.put_stat(out["base"], jnp.where(dead, jnp.inf, u.score))
+    t.put_stat(out["inside"], u.inside)
+    t.put_stat(out["right"], u.right[0])
+    t.put_stat(out["right_low"], u.right[1])
+    t.put_stat(out["log_sum"], jnp.where(dead, 0.0, log_sum))
+    t.put_stat(out["lse"], jnp.where(dead, jnp.inf, exponent + log_sum))
 
 
 class Limit:
@@ -171,6 +212,8 @@ class Limit:
         reach = self.reach * norm
         top = jnp.where(self.slope.m >= 0, reach - m * z[0], jnp.inf)
         tail = jnp.log2(1 + jnp.exp2(-reach)) - jnp.log2(jnp.maximum(m / LOG2E, 1e-30))
+        if exact(self.call):
+            u = u.exponent(self.slope, self.call.scale * LOG2E)
         one = jnp.where(self.inside, top + BITS - (u + jnp.log2(l)), -1e30)
         one = jnp.where(one < 1e30, one, 1e30)  # NaN too, which a maximum would drop
         excess = one + jnp.minimum(self.most, tail)
@@ -205,6 +248,10 @@ def bounded(
 
     def chunk(carry: Any) -> Any:
         left, n, (acc, u, l, z) = carry
+        if exact(limit.call):
+            end, state = limit.lo + left, carry[2]
+            new = lax.fori_loop(i32(0), n, leftwards(end, veiled, True), state)
+            return after(left, n, z, new)
         # Any reference that keeps weights in range does. It is raised once where a
         # weight to come could overflow; else the running maximum stays.
         top, _ = limit.bound(left, (acc, u, l, z))
@@ -216,6 +263,9 @@ def bounded(
         end, fast = limit.lo + left, uniform(limit.call, jnp.where(easy, n, 0))
         state = lax.fori_loop(i32(0), fast, leftwards(end, veiled, False), state)
         state = lax.fori_loop(fast, n, leftwards(end, veiled, True), state)
+        return after(left, n, z, state)
+
+    def after(left: Any, n: Any, z: Any, state: Any) -> Any:
         rate = jnp.sum(state[3][0] - z[0]) / (limit.bq * n.astype(f32))
         left = left - n
         _, excess = limit.bound(left, state)

@@ -35,6 +35,10 @@ class Residuals:
     gates_low: Float[Array, "B N T"]
     first: Int[Array, "B N query_blocks"]
     visits: Int[Array, "B N query_blocks 2"]
+    inside: Float[Array, "B N T"] | None = None
+    right: Float[Array, "B N T"] | None = None
+    right_low: Float[Array, "B N T"] | None = None
+    log_sum: Float[Array, "B N T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +48,9 @@ class Saved:
 
     base: the exponent that weights count from, log2, +inf for empty rows.
     gates, gates_low: the sum of a row's gates, and its rounding error.
+        Where sums are exact: q.k of the key that weights count from.
+    inside, right, right_low: of that key, see `Reference`; None: sums are not exact.
+    log_sum: log2 of the sum of the weights that count from it; None: base has it.
     first: the first key block that a query block of the forward pass visited.
     start: the first batch entry and key head of a group; None: there is one group.
     """
@@ -56,3 +63,7 @@ class Saved:
     dlse: Float[Array, "B N T"] | None
     first: Int[Array, "B N query_blocks"]
     start: Int[Array, " 2"] | None = None
+    inside: Float[Array, "B N T"] | None = None
+    right: Float[Array, "B N T"] | None = None
+    right_low: Float[Array, "B N T"] | None = None
+    log_sum: Float[Array, "B N T"] | None = None

@@ -48,6 +48,28 @@ def triangles(call: Call, block_k: int, flip: bool) -> Triangles:
     return Triangles(jnp.asarray(suffix, jnp.float16), jnp.asarray(prefix, call.dtype))
 
 
+# A sum and its rounding error: what one pass takes off block by block is what another
+# has put on, however large the sum was. None: of what was summed, nothing is known.
+Exactly = tuple[jax.Array, Any]
+
+
+def add(z: Exactly, x: Exactly) -> Exactly:
+    """The sum of both; what rounding takes from it is kept beside it."""
+    total, lost = two_sum(z[0], x[0])
+    low = z[1] + lost
+    return total, low if x[1] is None else low + x[1]
+
+
+def negative(x: Exactly) -> Exactly:
+    """Minus a sum."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def less(a: Exactly, b: Exactly) -> jax.Array:
+    """The difference of two sums."""
+    return (a[0] - b[0]) + (a[1] - b[1])
+
+
 @dataclass(frozen=True)
 class Sums:
     """Inclusive sums along the keys of a tile."""
@@ -62,11 +84,18 @@ class Sums:
         return cls(call, jax.tree.map(load_all, ones), flip)
 
     def suffix(self, g: jax.Array) -> jax.Array:
-        """The sum over this and later keys."""
+        """The sum of gates over this and later keys."""
         if self.ones.suffix is None:
-            axis = self._axis
-            return jnp.sum(g, axis, keepdims=True) - jnp.cumsum(g, axis) + g
+            coarse, fine = (self._from_right(x) for x in self._pieces(g))
+            return coarse + fine
         return self._product(g, self.ones.suffix)
+
+    def total(self, g: jax.Array) -> Exactly:
+        """The sum of a row's gates."""
+        if self.ones.suffix is None:
+            coarse, fine = self._pieces(g)
+            return jnp.sum(coarse, self._axis), jnp.sum(fine, self._axis)
+        return jnp.sum(g, self._axis), None
 
     def prefix(self, x: jax.Array) -> jax.Array:
         """The sum over this and earlier keys."""
@@ -77,6 +106,20 @@ class Sums:
     @property
     def _axis(self) -> int:
         return 0 if self.flip else 1
+
+    def _from_right(self, x: jax.Array) -> jax.Array:
+        total = jnp.sum(x, self._axis, keepdims=True)
+        return total - jnp.cumsum(x, self._axis) + x
+
+    def _pieces(self, g: jax.Array) -> Exactly:
+        """What adds up to gates, but for 2^-32 or so.
+
+        Sums of either piece fit the mantissa: no order of adding them up rounds, so
+        that every pass finds the same, whichever way its tiles lie.
+        """
+        one = 2.0 ** (24 - (g.shape[self._axis] - 1).bit_length())
+        coarse = jnp.floor(g * one) * (1 / one)
+        return coarse, jnp.floor((g - coarse) * one**2) * (1 / one**2)
 
     def _product(self, x: jax.Array, ones: jax.Array) -> jax.Array:
         x = x.astype(ones.dtype)
@@ -116,17 +159,78 @@ class Slope:
         return self.falls + self.grows
 
 
-# A sum and its rounding error: what one pass takes off block by block is what another
-# has put on, however large the sum was.
-Exactly = tuple[jax.Array, jax.Array]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reference:
+    """The key that the weights of each row count from, where sums are exact.
+
+    Not an exponent: of scores of thousands the last digit is a factor of many units,
+    and where it is rounded (in a sum, in a product that becomes a multiply-add) is each
+    pass's own. Differences to a key are small where weights are not, and those of a key
+    to itself are 0: a row's only weight is 1 in every pass.
+
+    score: q.k of the key.
+    inside: gates of the key's tile, from the key on.
+    right: gates at the right of that tile.
+    """
+
+    score: jax.Array
+    inside: jax.Array
+    right: Exactly
+
+    def ahead(self, z: Exactly) -> jax.Array:
+        """Gates from the key on, but for z of them."""
+        return self.inside + less(self.right, z)
+
+    def exponent(self, slope: Slope, mul: float) -> jax.Array:
+        """The key's own exponent, log2: rounded, as large as it is."""
+        z = self.inside + (self.right[0] + self.right[1])
+        return self.score * mul - slope.log2 * z
+
+    def exponents(
+        self, t: Tile, slope: Slope, s: jax.Array, inside: jax.Array, z: Exactly
+    ) -> jax.Array:
+        """Of a tile with gates z at its right, log2, as they count from the key."""
+        return from_reference(t, slope, s, inside, self.score, self.ahead(z))
+
+    def moved(
+        self,
+        t: Tile,
+        slope: Slope,
+        s: jax.Array,
+        inside: jax.Array,
+        z: Exactly,
+        visible: jax.Array | None,
+    ) -> tuple[Reference, jax.Array]:
+        """(the key of the largest exponent so far, by how much it is above this one).
+
+        Of rounded exponents the largest may not be the largest; it is, but for 2^-24 of
+        its distance, as distances to it say.
+        """
+        keys = jnp.arange(t.bk, dtype=i32)[None, :]
+
+        def largest(x: jax.Array) -> tuple[Reference, jax.Array]:
+            x = x if visible is None else jnp.where(visible, x, -jnp.inf)
+            at = keys == jnp.argmax(x, 1).astype(i32)[:, None]
+            of_key = lambda x: jnp.sum(jnp.where(at, x, 0.0), 1)
+            return Reference(of_key(s), of_key(inside), z), jnp.max(x, 1)
+
+        near, top = largest(s * (t.call.scale * LOG2E) - slope.log2 * inside)
+        new, _ = largest(near.exponents(t, slope, s, inside, z))
+        apart = (new.score - self.score) * (t.call.scale * LOG2E)
+        gain = apart - slope.log2 * (new.inside - self.ahead(z))
+        gain = jnp.where(top > -jnp.inf, jnp.maximum(gain, 0.0), 0.0)
+        return jax.tree.map(lambda a, b: jnp.where(gain > 0, a, b), new, self), gain
 
 
-def add(z: Exactly, x: jax.Array) -> Exactly:
-    """The sum of both; what rounding takes from it is kept beside it."""
-    total, lost = two_sum(z[0], x)
-    return total, z[1] + lost
-
-
-def less(a: Exactly, b: Exactly) -> jax.Array:
-    """The difference of two sums."""
-    return (a[0] - b[0]) + (a[1] - b[1])
+def from_reference(
+    t: Tile,
+    slope: Slope,
+    s: jax.Array,
+    inside: jax.Array,
+    score: jax.Array,
+    ahead: jax.Array,
+) -> jax.Array:
+    """Exponents of a tile, log2; score, ahead: of each row's reference, [queries]."""
+    apart = (s - t.along_q(score)) * (t.call.scale * LOG2E)
+    return apart - slope.log2 * (inside - t.along_q(ahead))
