@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from pallas_attn.call import Call
+from pallas_attn.types import Scalar
 
 
 f32 = jnp.float32
@@ -29,16 +30,17 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
     return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
 
 
-def product(call: Call, x: jax.Array, factor: float) -> jax.Array:
+def product(call: Call, x: Scalar, factor: float) -> Scalar:
     """A multiple of x, rounded where every dot is IEEE float32.
 
     Else a compiler makes one multiply-add of it and a sum wherever it likes, and the
     same score is rounded otherwise in another pass.
     """
-    y = x * factor
-    if not call.exact or jnp.ndim(x) == 0:  # a number is multiplied once, at the start
-        return y
+    # a single number is multiplied once, at the start
+    if isinstance(x, float) or not x.ndim or not call.exact:
+        return x * factor
     if call.interpret:  # a choice between products is no product
+        y = x * factor
         return jnp.where(y <= -3e38, -jnp.inf, y)
     bits = int(np.float32(factor).view(np.uint32))
     return _inline(f"mul.rn.f32 $0, $1, 0f{bits:08X};", x, f32)
