@@ -259,12 +259,9 @@ def _parsed(kernel: Kernel, arch: int, folder: str) -> tuple[Any, dict[str, Any]
 def triton_ir(kernel: Kernel) -> str:
     """The kernel's Triton IR as text."""
     from jaxlib.mlir import ir
-    from jaxlib.mlir._mlir_libs import _jax_mlir_ext
     from jaxlib.triton import dialect
 
-    context, upstream = ir.Context(), ir.DialectRegistry()
-    _jax_mlir_ext.register_dialects(upstream)  # a barrier's
-    context.append_dialect_registry(upstream)
+    context = ir.Context()
     dialect.register_dialect(context)
     context.load_all_available_dialects()
     context.allow_unregistered_dialects = True

@@ -181,7 +181,8 @@ def gradients(
     if cols.ds is not None:
         pairs = dict.fromkeys(p.own, cols.ds)
         rows, cols = _by_ds(res, rows, cols, cols.ds, call, p, passes)
-    pairs |= {f: passes.tiles(ops, cot, blocks, f, call, p) for f in p.tile_fields}
+    for f in p.tile_fields:
+        pairs[f] = passes.tiles(ops, cot, blocks, f, rows, call, p)
     return collected(res, Made(rows, cols, pairs, total), p, call)
 
 

@@ -59,6 +59,7 @@ class Passes(Protocol):
         cot: Cotangents,
         blocks: Blocks,
         field: Field,
+        rows: Rows,
         call: Call,
         p: Plan,
     ) -> Array:

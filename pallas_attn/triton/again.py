@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.launch import launch, like, Program
-from pallas_attn.triton.ptx import barrier
-from pallas_attn.triton.tile import load_number, load_where, store_number
+from pallas_attn.triton.tile import load_number, load_where
 
 
 i32 = jnp.int32
@@ -49,16 +49,47 @@ def launch_watched(
     outputs: not a tuple; the kernel says through its program's flag whether they are
     finite, and stores the same places when it is run again.
     """
+    return launch_flagged(kernel, grid, inputs, outputs, call, block, **static)[0]
+
+
+def launch_flagged(
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    inputs: tuple[Any, ...],
+    outputs: Any,
+    call: Call,
+    block: Block,
+    *,
+    strange: Int[Array, 1] | None = None,
+    **static: Any,
+) -> tuple[Any, Int[Array, 1] | None]:
+    """As `launch_watched`, and whether a program was run again.
+
+    strange: what another launch said, which is not finite wherever this one may not be:
+        then no program looks, and all are run again or none. None: there was none.
+    """
     if not any(x.takes for x in _sights(inputs)):
-        return launch(kernel, grid, inputs, outputs, call, block, **static)
+        return launch(kernel, grid, inputs, outputs, call, block, **static), None
     programs, name = math.prod(grid), kernel.__name__
-    flags = jax.ShapeDtypeStruct((programs,), i32)
     static |= {"body": kernel, "sizes": grid}
-    made, flags = launch(
-        _with_flag, grid, inputs, (outputs, flags), call, block, name=name, **static
-    )
+    if strange is None:
+        flags, made = launch(
+            _noted,
+            grid,
+            inputs,
+            (jax.ShapeDtypeStruct((programs,), i32), outputs),
+            call,
+            block,
+            into=(jnp.zeros((programs,), i32), None),
+            name=name,
+            **static,
+        )
+        strange = jnp.max(flags, keepdims=True)
+    else:
+        made = launch(_unnoted, grid, inputs, outputs, call, block, name=name, **static)
+        flags = strange
     each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
-    return launch(
+    made = launch(
         _flagged,
         (pl.cdiv(programs, each),),
         (careful(inputs), flags),
@@ -70,9 +101,10 @@ def launch_watched(
         each=each,
         **static,
     )
+    return made, strange
 
 
-def _with_flag(
+def _noted(
     *refs: Any,
     call: Call,
     program: Program,
@@ -80,13 +112,23 @@ def _with_flag(
     sizes: tuple[int, ...],
     **static: Any,
 ) -> None:
-    """A kernel, as a program whose flag is 0 until a result is not finite."""
-    *given, flags = refs
-    number = _number_of(program.place, sizes)
-    store_number(flags, (number,), 0)
-    barrier(call)  # any thread may store the 1, and not before the 0
-    program = replace(program, flag=(flags, number))
-    body(*given, call=call, program=program, **static)
+    """A kernel, as a program whose flag is set where a result is not finite."""
+    *operands, _, flags, out = refs
+    program = replace(program, flag=(flags, _number_of(program.place, sizes)))
+    body(*operands, out, call=call, program=program, **static)
+
+
+def _unnoted(
+    *refs: Any,
+    call: Call,
+    program: Program,
+    body: Callable[..., None],
+    sizes: tuple[int, ...],
+    **static: Any,
+) -> None:
+    """A kernel, as a program without a flag."""
+    del sizes
+    body(*refs, call=call, program=program, **static)
 
 
 def _flagged(
@@ -103,17 +145,17 @@ def _flagged(
     **static: Any,
 ) -> None:
     """A kernel, as the flagged of the `each` programs that this one looks at."""
-    programs = math.prod(sizes)
+    programs, own = math.prod(sizes), i32(flags.shape[0] > 1)  # or one flag for all
     first = program.place[0] * each
     number = first + jnp.arange(each, dtype=i32)
-    some = jnp.max(load_where(flags.at[number], number < programs)) > 0
+    some = jnp.max(load_where(flags.at[number * own], number < programs)) > 0
 
     def run(number: Any) -> None:
         place = _place_of(number, sizes)
         body(*inputs, out, call=call, program=Program(place), **static)
 
     def look(number: Any, state: Any) -> Any:
-        flagged = load_number(flags, (number,)) > 0
+        flagged = load_number(flags, (number * own,)) > 0
         lax.cond(flagged, lambda: run(number), lambda: None)
         return state
 

@@ -92,7 +92,9 @@ def rows_kernel(
     state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
     # In an empty row 0 may have met a query that is not finite.
     some = stats.attends
-    t0.put_rows(out["dq"], jnp.where(some[:, None], state["dq"] * call.scale, 0.0))
+    t0.note(state["dq"])  # of those too, for in tiles it may have met them likewise
+    dq = jnp.where(some[:, None], state["dq"] * call.scale, 0.0)
+    t0.put_rows(out["dq"], dq, noted=True)
     for x, y in state["da"].items():
         t0.put_rows(out["da"][x], jnp.where(some[:, None], y * call.scale, 0.0))
     if summed:

@@ -17,7 +17,7 @@ from pallas_attn.tiled.operands import Cols, Forward, Operands, Residuals, Rows
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import extremes, GRAIN
-from pallas_attn.triton.again import launch_watched
+from pallas_attn.triton.again import launch_flagged, launch_watched
 from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
@@ -96,7 +96,11 @@ def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Rows:
     }
     if p.settled:
         outputs["beyond"] = _per_row(call)
-    return Rows(**_run(rows_kernel, "rows", (ops, cot, blocks), outputs, call, p))
+    grid, block = grid_of(call, p, "rows").shape, block_of(call, p, "rows")
+    made, strange = launch_flagged(
+        rows_kernel, grid, (ops, cot, blocks), outputs, call, block, plan=p
+    )
+    return Rows(**made, strange=strange)
 
 
 def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Cols:
@@ -120,9 +124,9 @@ def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Cols:
 
 
 def tiles(
-    ops: Operands, cot: Any, blocks: Any, field: Field, call: Call, p: Plan
+    ops: Operands, cot: Any, blocks: Any, field: Field, rows: Rows, call: Call, p: Plan
 ) -> Array:
-    """The gradient of a pair field.
+    """The gradient of a pair field; not finite only where what rows made is not.
 
     Few tiles (a short T) are split over runs of the batch so that the device is full:
     float32 partial sums, added in a fixed order.
@@ -130,16 +134,17 @@ def tiles(
     x = fields(ops.added)[field]
     block = block_of(call, p, "tiles")
     b, h, t, s = x.shape
-    rows, cols = pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_k)
+    down, across = pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_k)
     share = (call.B if b == 1 else 1) * (call.N if h == 1 else 1)
-    runs = min(pl.cdiv(1024, rows * cols * b * h), pl.cdiv(share, 8))
-    out = launch_watched(
+    runs = min(pl.cdiv(1024, down * across * b * h), pl.cdiv(share, 8))
+    out, _ = launch_flagged(
         tiles_kernel,
-        (cols, rows, b * h * runs),
+        (across, down, b * h * runs),
         (ops, cot, blocks),
         jax.ShapeDtypeStruct((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
         call,
         block,
+        strange=rows.strange,
         plan=p,
         field=field,
         runs=runs,

@@ -68,12 +68,6 @@ def larger(call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     return _inline("max.NaN.f32 $0, $1, $2;", x, f32, y)
 
 
-def barrier(call: Call) -> None:
-    """Waits until all threads of a program are here, and what they stored is seen."""
-    if not call.interpret:
-        plgpu.debug_barrier()
-
-
 def uniform(call: Call, x: jax.Array) -> jax.Array:
     """The same integer in a uniform register.
 

@@ -232,8 +232,8 @@ class Tile:
     def note_where(self, strange: Callable[[], jax.Array]) -> None:
         """The same where something is strange; nothing is computed without a flag.
 
-        Each thread stores for what it holds, the same number to the same place: to look
-        across threads first would take a barrier.
+        Each thread stores for what it holds, the same number to the same place, which
+        was 0 before the launch: to look across threads first would take a barrier.
         """
         if self.flag is None:
             return
