@@ -11,9 +11,9 @@ flagged programs again with `Sight.careful`: what they store replaces what was t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,16 @@ from jax.experimental import pallas as pl
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
-from pallas_attn.triton.launch import launch, like, Program
+from pallas_attn.triton.launch import launch, like, Made, Program
 from pallas_attn.triton.ptx import barrier
 from pallas_attn.triton.tile import load_number, load_where, store_number
+from pallas_attn.types import outline, Ref, Tree
 
 
 i32 = jnp.int32
+
+# A pytree with a `Sight` in it.
+Inputs = TypeVar("Inputs")
 
 # Flags that a program looks at, at most, and programs that share them, if there are so
 # many: where all are set, a whole device works on them.
@@ -38,24 +42,35 @@ CARE, SHARING = 1024, 256
 def launch_watched(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
-    inputs: tuple[Any, ...],
-    outputs: Any,
+    inputs: tuple[Tree, ...],
+    outputs: Made,
     call: Call,
     block: Block,
-    **static: Any,
-) -> Any:
+    **static: Hashable,
+) -> Made:
     """As `launch`, and again with care where a bias may take keys away.
 
     outputs: not a tuple; the kernel says through its program's flag whether they are
     finite, and stores the same places when it is run again.
     """
+    name = kernel.__name__
     if not any(x.takes for x in _sights(inputs)):
-        return launch(kernel, grid, inputs, outputs, call, block, **static)
-    programs, name = math.prod(grid), kernel.__name__
-    flags = jax.ShapeDtypeStruct((programs,), i32)
+        return launch(
+            kernel, grid, inputs, outputs, call, block, into=None, name=name, **static
+        )
+    programs = math.prod(grid)
+    flags = outline((programs,), i32)
     static |= {"body": kernel, "sizes": grid}
     made, flags = launch(
-        _with_flag, grid, inputs, (outputs, flags), call, block, name=name, **static
+        _with_flag,
+        grid,
+        inputs,
+        (outputs, flags),
+        call,
+        block,
+        into=None,
+        name=name,
+        **static,
     )
     each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
     return launch(
@@ -73,12 +88,12 @@ def launch_watched(
 
 
 def _with_flag(
-    *refs: Any,
+    *refs: Tree,
     call: Call,
     program: Program,
     body: Callable[..., None],
     sizes: tuple[int, ...],
-    **static: Any,
+    **static: Hashable,
 ) -> None:
     """A kernel, as a program whose flag is 0 until a result is not finite."""
     *given, flags = refs
@@ -90,17 +105,17 @@ def _with_flag(
 
 
 def _flagged(
-    inputs: tuple[Any, ...],
-    flags: Any,
-    _: Any,
-    out: Any,
+    inputs: tuple[Tree, ...],
+    flags: Ref,
+    _: Tree,
+    out: Tree,
     *,
     call: Call,
     program: Program,
     body: Callable[..., None],
     sizes: tuple[int, ...],
     each: int,
-    **static: Any,
+    **static: Hashable,
 ) -> None:
     """A kernel, as the flagged of the `each` programs that this one looks at."""
     programs = math.prod(sizes)
@@ -108,11 +123,11 @@ def _flagged(
     number = first + jnp.arange(each, dtype=i32)
     some = jnp.max(load_where(flags.at[number], number < programs)) > 0
 
-    def run(number: Any) -> None:
+    def run(number: jax.Array) -> None:
         place = _place_of(number, sizes)
         body(*inputs, out, call=call, program=Program(place), **static)
 
-    def look(number: Any, state: Any) -> Any:
+    def look(number: jax.Array, state: jax.Array) -> jax.Array:
         flagged = load_number(flags, (number,)) > 0
         lax.cond(flagged, lambda: run(number), lambda: None)
         return state
@@ -121,21 +136,21 @@ def _flagged(
     lax.fori_loop(first, end, look, i32(0))
 
 
-def careful(inputs: Any) -> Any:
+def careful(inputs: Inputs) -> Inputs:
     """The same inputs, to be read with care."""
 
-    def one(x: Any) -> Any:
+    def one(x: Tree) -> Tree:
         return replace(x, careful=x.takes) if isinstance(x, Sight) else x
 
     return jax.tree.map(one, inputs, is_leaf=lambda x: isinstance(x, Sight))
 
 
-def _sights(inputs: Any) -> list[Sight]:
+def _sights(inputs: Tree) -> list[Sight]:
     leaves = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Sight))
     return [x for x in leaves if isinstance(x, Sight)]
 
 
-def _number_of(place: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
+def _number_of(place: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
     """The number of a program, counted along the first axis of the grid first."""
     number = i32(0)
     for at, size in zip(reversed(place), reversed(sizes), strict=True):
@@ -143,7 +158,7 @@ def _number_of(place: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
     return number
 
 
-def _place_of(number: Any, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+def _place_of(number: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     place = []
     for size in sizes:
         place.append(lax.rem(number, i32(size)))

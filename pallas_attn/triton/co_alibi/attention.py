@@ -27,6 +27,7 @@ from pallas_attn.triton.co_alibi.scan import exact, triangles
 from pallas_attn.triton.launch import launch, like
 from pallas_attn.triton.passes import PRE_PASS
 from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.types import outline
 
 
 f32 = jnp.float32
@@ -98,19 +99,19 @@ def _forward(
     p = plan(call)
     shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, [], ops.sight)
-    norms = jax.ShapeDtypeStruct(shape, f32)
+    norms = outline(shape, f32)
     norms = launch(norms_kernel, shape, inputs, norms, call, PRE_PASS)
     grid = grid_of(call, "forward", p)
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     per_block = (call.B, call.N, grid.blocks)
     outputs = {
-        "o": jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype),
+        "o": outline((call.B, call.T, call.N, call.h), ops.q.dtype),
         "lse": rows,
         "base": rows,
         "gates": rows,
         "gates_low": rows,
-        "first": jax.ShapeDtypeStruct(per_block, i32),
-        "visits": jax.ShapeDtypeStruct((*per_block, 2), i32),
+        "first": outline(per_block, i32),
+        "visits": outline((*per_block, 2), i32),
     }
     if exact(call):
         outputs |= dict.fromkeys(("inside", "right", "right_low", "log_sum"), rows)
@@ -140,12 +141,12 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
     """
     ops, p = res.ops, plan(call)
     grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     delta, _ = launch(
         delta_kernel,
         grid,
         (res.o, do, res.lse, dlse, ops.sight),
-        (rows, jax.ShapeDtypeStruct(grid, f32)),
+        (rows, outline(grid, f32)),
         call,
         PRE_PASS,
     )
@@ -189,7 +190,7 @@ def _group(
     """Rows and cols of a group of heads; the carries between them live no longer."""
     blocks = pl.cdiv(call.S, p.block_k)
     shape = (p.batch, p.heads * call.G, blocks, call.T, 2)
-    carry = jax.ShapeDtypeStruct(shape, f32)
+    carry = outline(shape, f32)
     ones = triangles(call, p.block_k, flip=False)
     rows, carry = launch(
         rows_kernel,
@@ -215,6 +216,6 @@ def _group(
     return {"rows": rows, "cols": cols}
 
 
-def _visits(call: Call, kernel: str, p: Plan) -> jax.ShapeDtypeStruct:
+def _visits(call: Call, kernel: str, p: Plan) -> Array:
     blocks = grid_of(call, kernel, p).blocks
-    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), i32)
+    return outline((call.B, call.N, blocks, 2), i32)

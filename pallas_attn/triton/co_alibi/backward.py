@@ -206,7 +206,7 @@ def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
 
 
 def _reference(t: Tile, saved: Saved, base: jax.Array) -> Reference | None:
-    if saved.right is None:
+    if saved.right is None or saved.right_low is None or saved.inside is None:
         return None
     right = t.stat(saved.right), t.stat(saved.right_low)
     return Reference(base, t.stat(saved.inside), right)
