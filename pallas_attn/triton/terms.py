@@ -80,9 +80,7 @@ def hold(added: Added, t: Tile, spans: Iterable[str]) -> Values:
     return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
 
 
-def on_tile(
-    added: Added, t: Where, held: Values
-) -> tuple[Where, tuple[Bias, ...]]:
+def on_tile(added: Added, t: Where, held: Values) -> tuple[Where, tuple[Bias, ...]]:
     """The terms with their fields loaded on this tile, those in `held` as they are.
 
     And the tile, without the pairs that they take away if `Sight.careful` asks for it.
