@@ -52,13 +52,14 @@ def launch(
     call: Call,
     block: Block,
     *,
-    into: Made | None = None,
+    into: Tree = None,
     name: str = "",
     **static: Hashable,
 ) -> Made:
     """Run kernel(*input_refs, *output_refs, call=, program=, **static) on a grid.
 
-    into: arrays like the outputs, which the kernel's stores change and the rest stays.
+    into: arrays like the outputs, or like the first of them, which the kernel's stores
+        change and the rest stays.
     name: of the kernel, where it is not its function's.
     """
     inputs = jax.tree.map(within_reach, inputs)
