@@ -37,12 +37,10 @@ from pallas_attn.types import Index, Ref
 f32 = jnp.float32
 i32 = jnp.int32
 
-# dk and dv of one key block, over the query heads of its key head.
-HeadState = tuple[jax.Array | None, jax.Array]
-
-
 # Sums over keys: of dS, and per field of its gradient by dS and by U.
 Sums = tuple[jax.Array, dict[Field, tuple[jax.Array, jax.Array]]]
+# dk and dv of one key block, over the query heads of its key head.
+HeadState = tuple[jax.Array | None, jax.Array]
 
 
 class RowState(NamedTuple):

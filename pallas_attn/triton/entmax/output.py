@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,10 @@ SLOPE = 1024
 # More sweeps than any row has needed.
 MOST_SWEEPS = 20
 
-# Of each row sum p, sum u, sum p v, sum u v; and of all the bits.
-Means: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+# Of each row sum p, sum u, sum p v and sum u v.
+Means = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# The same, and the bits of all.
+Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass

@@ -37,7 +37,6 @@ from pallas_attn.types import Ref
 f32 = jnp.float32
 i32 = jnp.int32
 
-
 # Of each slot of a row the largest score and the second.
 Tops = tuple[jax.Array, jax.Array]
 
