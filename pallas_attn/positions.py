@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import overload
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_attn.types import Index
 
 
 # No two positions are farther apart: a window from there on hides nothing.
@@ -18,7 +21,7 @@ LEAST, MOST = -(2**31), 2**31 - 1
 
 
 def difference(
-    q: Int[Array, "*#axes"], k: Int[Array, "*#axes"], dtype: Any
+    q: Int[Array, "*#axes"], k: Int[Array, "*#axes"], dtype: DTypeLike
 ) -> Float[Array, "*axes"]:
     """Query position minus key position; the one that int32 wraps is told by its sign.
 
@@ -38,7 +41,13 @@ def within(
     return after + ([] if right >= UNBOUNDED else [k <= moved(q, right)])
 
 
-def moved(x: Any, by: int) -> Any:
+@overload
+def moved(x: int, by: int) -> int: ...
+@overload
+def moved(x: Array, by: int) -> Array: ...
+@overload
+def moved(x: Index, by: int) -> Index: ...
+def moved(x: Index, by: int) -> Index:
     """The integer x + by, at the ends of int32 where it would pass them.
 
     Static if x is; without a word more where `by` is of an ordinary size.

@@ -60,7 +60,11 @@ def test_ranges_are_those_of_integers(causal, window, offset, traced):
     given = jnp.asarray([offset], jnp.int32)
     call = Call(**{**vars(call), "offset": None if traced else offset})
     sight = Sight(Visibility(offset=given if traced else None))
-    where = frame(call, sight, jnp.int32(0), lambda ref, at: ref[at])
+
+    def number(ref, at):
+        return ref[at]
+
+    where = frame(call, sight, jnp.int32(0), number)
     i, j = np.arange(T)[:, None] + offset, np.arange(S)[None, :]
     sees = np.ones((T, S), bool)
     if causal:

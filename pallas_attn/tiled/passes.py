@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
-import jax
 from jaxtyping import Array
 
 from pallas_attn.call import Call
@@ -70,7 +69,7 @@ class Passes(Protocol):
         self,
         ds: Array,
         y: Array,
-        out: Array | jax.ShapeDtypeStruct,
+        out: Array,
         ops: Operands,
         call: Call,
         p: Plan,
@@ -82,7 +81,7 @@ class Passes(Protocol):
         self,
         ds: Array,
         y: Array,
-        out: Array | jax.ShapeDtypeStruct,
+        out: Array,
         ops: Operands,
         call: Call,
         p: Plan,

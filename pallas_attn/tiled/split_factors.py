@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
+from pallas_attn.types import outline
 
 
 f32 = jnp.float32
@@ -83,9 +84,9 @@ def factor_gradient(
     return total / call.scale if side == 0 else total
 
 
-def columns_of(x: Array, length: int, call: Call) -> jax.ShapeDtypeStruct:
+def columns_of(x: Array, length: int, call: Call) -> Array:
     """The gradient of columns before it is summed over shared axes."""
-    return jax.ShapeDtypeStruct((call.B, length, call.N, x.shape[-1]), f32)
+    return outline((call.B, length, call.N, x.shape[-1]), f32)
 
 
 def pieces(x: Float[Array, "*axes"], n: int) -> list[Array]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from pallas_attn.call import Call
+from pallas_attn.dropout import Seed
 from pallas_attn.positions import moved
+from pallas_attn.types import Index, Range, Ref
 from pallas_attn.visibility import Visibility
 
 
 # Queries or keys behind one stored extreme or norm.
 GRAIN = 64
+
+# One number of an array, at an index.
+Load = Callable[[Ref, tuple[Index, ...]], jax.Array]
 
 i32 = jnp.int32
 
@@ -68,11 +74,11 @@ class Frame:
     window and lengths tell; what lies outside is never read.
     """
 
-    offset: Any
-    queries: tuple[Any, Any]
-    keys: tuple[Any, Any]
+    offset: Index
+    queries: Range
+    keys: Range
     placed: bool = False  # positions are arrays; the offset means nothing
-    seed: tuple[Any, ...] | None = None  # of dropout
+    seed: Seed | None = None  # of dropout
 
 
 def sight(call: Call, visibility: Visibility, *, takes: bool = False) -> Sight:
@@ -110,15 +116,15 @@ def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:
     return Extremes(grains(high).min(-1), grains(low).max(-1))
 
 
-def _limits_of(dtype: Any) -> tuple[int, int]:
+def _limits_of(dtype: DTypeLike) -> tuple[int, int]:
     return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
 
 
-def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
+def frame(call: Call, sight: Sight, b: Index, load: Load) -> Frame:
     """The frame of batch entry b; `load(ref, index)` reads one number."""
     arrays = sight.arrays
 
-    def length(ref: Any, size: int) -> Any:
+    def length(ref: Ref | None, size: int) -> Index:
         return size if ref is None else load(ref, (b * i32(ref.shape[0] > 1),))
 
     queries = length(arrays.query_lengths, call.T)
@@ -143,14 +149,14 @@ def frame(call: Call, sight: Sight, b: Any, load: Any) -> Frame:
     return Frame(offset, (first_query, last_query), (first_key, last_key))
 
 
-def least(a: Any, b: Any) -> Any:
+def least(a: Index, b: Index) -> Index:
     """The smaller of two integers, static if both are."""
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
     return jnp.minimum(i32(a), i32(b))
 
 
-def most(a: Any, b: Any) -> Any:
+def most(a: Index, b: Index) -> Index:
     """The larger of two integers, static if both are."""
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b)

@@ -11,9 +11,9 @@ flagged programs again with `Sight.careful`: what they store replaces what was t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,15 @@ from jaxtyping import Array, Int
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
-from pallas_attn.triton.launch import launch, like, Program
+from pallas_attn.triton.launch import launch, like, Made, Program
 from pallas_attn.triton.tile import load_number, load_where
+from pallas_attn.types import outline, Ref, Tree
 
 
 i32 = jnp.int32
+
+# A pytree with a `Sight` in it.
+Inputs = TypeVar("Inputs")
 
 # Flags that a program looks at, at most, and programs that share them, if there are so
 # many: where all are set, a whole device works on them.
@@ -38,55 +42,64 @@ CARE, SHARING = 1024, 256
 def launch_watched(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
-    inputs: tuple[Any, ...],
-    outputs: Any,
+    inputs: tuple[Tree, ...],
+    outputs: Made,
     call: Call,
     block: Block,
-    **static: Any,
-) -> Any:
+    **static: Hashable,
+) -> Made:
     """As `launch`, and again with care where a bias may take keys away.
 
     outputs: not a tuple; the kernel says through its program's flag whether they are
     finite, and stores the same places when it is run again.
     """
-    return launch_flagged(kernel, grid, inputs, outputs, call, block, **static)[0]
+    return launch_flagged(
+        kernel, grid, inputs, outputs, call, block, strange=None, **static
+    )[0]
 
 
 def launch_flagged(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
-    inputs: tuple[Any, ...],
-    outputs: Any,
+    inputs: tuple[Tree, ...],
+    outputs: Made,
     call: Call,
     block: Block,
     *,
-    strange: Int[Array, 1] | None = None,
-    **static: Any,
-) -> tuple[Any, Int[Array, 1] | None]:
+    strange: Int[Array, " 1"] | None = None,
+    **static: Hashable,
+) -> tuple[Made, Int[Array, " 1"] | None]:
     """As `launch_watched`, and whether a program was run again.
 
     strange: what another launch said, which is not finite wherever this one may not be:
         then no program looks, and all are run again or none. None: there was none.
     """
+    name = kernel.__name__
     if not any(x.takes for x in _sights(inputs)):
-        return launch(kernel, grid, inputs, outputs, call, block, **static), None
-    programs, name = math.prod(grid), kernel.__name__
-    static |= {"body": kernel, "sizes": grid}
+        made = launch(
+            kernel, grid, inputs, outputs, call, block, into=None, name=name, **static
+        )
+        return made, None
+    programs = math.prod(grid)
+    told = static | {"body": kernel, "sizes": grid}
     if strange is None:
+        zeros = jnp.zeros((programs,), i32)
         flags, made = launch(
             _noted,
             grid,
             inputs,
-            (jax.ShapeDtypeStruct((programs,), i32), outputs),
+            (outline((programs,), i32), outputs),
             call,
             block,
-            into=(jnp.zeros((programs,), i32), None),
+            into=(zeros, None),
             name=name,
-            **static,
+            **told,
         )
         strange = jnp.max(flags, keepdims=True)
     else:
-        made = launch(_unnoted, grid, inputs, outputs, call, block, name=name, **static)
+        made = launch(
+            kernel, grid, inputs, outputs, call, block, into=None, name=name, **static
+        )
         flags = strange
     each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
     made = launch(
@@ -99,18 +112,18 @@ def launch_flagged(
         into=made,
         name=f"{name}_again",
         each=each,
-        **static,
+        **told,
     )
     return made, strange
 
 
 def _noted(
-    *refs: Any,
+    *refs: Tree,
     call: Call,
     program: Program,
     body: Callable[..., None],
     sizes: tuple[int, ...],
-    **static: Any,
+    **static: Hashable,
 ) -> None:
     """A kernel, as a program whose flag is set where a result is not finite."""
     *operands, _, flags, out = refs
@@ -118,31 +131,18 @@ def _noted(
     body(*operands, out, call=call, program=program, **static)
 
 
-def _unnoted(
-    *refs: Any,
-    call: Call,
-    program: Program,
-    body: Callable[..., None],
-    sizes: tuple[int, ...],
-    **static: Any,
-) -> None:
-    """A kernel, as a program without a flag."""
-    del sizes
-    body(*refs, call=call, program=program, **static)
-
-
 def _flagged(
-    inputs: tuple[Any, ...],
-    flags: Any,
-    _: Any,
-    out: Any,
+    inputs: tuple[Tree, ...],
+    flags: Ref,
+    _: Tree,
+    out: Tree,
     *,
     call: Call,
     program: Program,
     body: Callable[..., None],
     sizes: tuple[int, ...],
     each: int,
-    **static: Any,
+    **static: Hashable,
 ) -> None:
     """A kernel, as the flagged of the `each` programs that this one looks at."""
     programs, own = math.prod(sizes), i32(flags.shape[0] > 1)  # or one flag for all
@@ -150,11 +150,11 @@ def _flagged(
     number = first + jnp.arange(each, dtype=i32)
     some = jnp.max(load_where(flags.at[number * own], number < programs)) > 0
 
-    def run(number: Any) -> None:
+    def run(number: jax.Array) -> None:
         place = _place_of(number, sizes)
         body(*inputs, out, call=call, program=Program(place), **static)
 
-    def look(number: Any, state: Any) -> Any:
+    def look(number: jax.Array, state: jax.Array) -> jax.Array:
         flagged = load_number(flags, (number * own,)) > 0
         lax.cond(flagged, lambda: run(number), lambda: None)
         return state
@@ -163,21 +163,21 @@ def _flagged(
     lax.fori_loop(first, end, look, i32(0))
 
 
-def careful(inputs: Any) -> Any:
+def careful(inputs: Inputs) -> Inputs:
     """The same inputs, to be read with care."""
 
-    def one(x: Any) -> Any:
+    def one(x: Tree) -> Tree:
         return replace(x, careful=x.takes) if isinstance(x, Sight) else x
 
     return jax.tree.map(one, inputs, is_leaf=lambda x: isinstance(x, Sight))
 
 
-def _sights(inputs: Any) -> list[Sight]:
+def _sights(inputs: Tree) -> list[Sight]:
     leaves = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Sight))
     return [x for x in leaves if isinstance(x, Sight)]
 
 
-def _number_of(place: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
+def _number_of(place: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
     """The number of a program, counted along the first axis of the grid first."""
     number = i32(0)
     for at, size in zip(reversed(place), reversed(sizes), strict=True):
@@ -185,7 +185,7 @@ def _number_of(place: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
     return number
 
 
-def _place_of(number: Any, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+def _place_of(number: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     place = []
     for size in sizes:
         place.append(lax.rem(number, i32(size)))

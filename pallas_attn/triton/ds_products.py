@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,23 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.plan import Plan
+from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_tile, keys_of, queries_of, query_tile
 from pallas_attn.triton.tile import at_keys, at_queries, Tile, zeros
+from pallas_attn.triton.visitor import Step
+from pallas_attn.types import Index, Ref, Scalar
 
 
 i32 = jnp.int32
 
 
 def thin_rows_kernel(
-    ds_ref: Any,
-    y_ref: Any,
-    sight: Any,
-    out: Any,
+    ds_ref: Ref,
+    y_ref: Ref,
+    sight: Sight,
+    out: Ref,
     *,
     call: Call,
     program: Program,
@@ -44,10 +47,10 @@ def thin_rows_kernel(
 
 
 def thin_cols_kernel(
-    ds_ref: Any,
-    y_ref: Any,
-    sight: Any,
-    out: Any,
+    ds_ref: Ref,
+    y_ref: Ref,
+    sight: Sight,
+    out: Ref,
     *,
     call: Call,
     program: Program,
@@ -57,7 +60,7 @@ def thin_cols_kernel(
     t0 = key_tile(sight, call, plan, "thin_cols", program)
     w, first = queries_of(t0, two=False), t0.h
 
-    def of_head(h: Any, acc: jax.Array) -> jax.Array:
+    def of_head(h: Index, acc: jax.Array) -> jax.Array:
         def step(t: Tile, acc: jax.Array) -> jax.Array:
             y, ds = t.rows(y_ref), t.pair(ds_ref)
             y = t.seen_queries(_veil(t, ds), y)
@@ -74,8 +77,12 @@ def thin_cols_kernel(
 
 
 def _thin_loop(
-    w: schedule.Walk, t0: Tile, place: Any, step: Any, acc: jax.Array
-) -> Any:
+    w: schedule.Walk,
+    t0: Tile,
+    place: Callable[[Tile, Index, Scalar, bool], Tile],
+    step: Step[jax.Array],
+    acc: jax.Array,
+) -> jax.Array:
     acc = w.near_loop(lambda n, side, acc: step(place(t0, n, side, True), acc), acc)
     return schedule.all_far(w.sides).loop(
         lambda n, side, acc: step(place(t0, n, side, t0.sight.veiled), acc), acc

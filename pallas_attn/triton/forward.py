@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +18,7 @@ from pallas_attn.normalizers.softmax import (
     SPREAD,
 )
 from pallas_attn.tiled.block_ranges import covers
-from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.operands import Forward, Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
 from pallas_attn.triton.dropout import drop_on, rescale
@@ -36,16 +34,20 @@ from pallas_attn.triton.tile import (
     Tile,
     zeros,
 )
+from pallas_attn.types import Index, Scalar
 
 
 f32 = jnp.float32
 i32 = jnp.int32
 
+# What a program has of its rows: output, largest score, sum of weights.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def forward_kernel(
     ops: Operands,
     pruning: Pruning,
-    out: dict[str, Any],
+    out: Forward,
     *,
     call: Call,
     program: Program,
@@ -64,19 +66,19 @@ def forward_kernel(
     def scores(t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         return row_scores(t, q, qs, ops.k, ops.added, held)
 
-    def weighted(t: Tile, weights: jax.Array, visible: Any) -> jax.Array:
+    def weighted(t: Tile, weights: jax.Array, visible: jax.Array | None) -> jax.Array:
         v, drop = t.seen_keys(visible, t.keys(ops.v)), drop_on(t)
         weights = weights if drop is None else drop(weights)
         return t.dot(weights.astype(v.dtype), v)
 
-    def online(t: Tile, state: Any) -> Any:
+    def online(t: Tile, state: Sums) -> Sums:
         acc, m, l = state
         x, row, visible = scores(t)
         weights, old, m = rescaled(m, x, row, mul, power, plan.large)
         acc = acc * old[:, None] + weighted(t, weights, visible)
         return acc, m, l * old + jnp.sum(weights, 1)
 
-    def near(j: Any, side: Any, state: Any) -> Any:
+    def near(j: Index, side: Scalar, state: Sums) -> Sums:
         return online(at_keys(t0, j, side, edge=True), state)
 
     veiled = ops.sight.veiled
@@ -88,7 +90,8 @@ def forward_kernel(
         reach = reach_of(call, q, qs)
         sums = jnp.where(t0.inside_rows(), m * mul + jnp.log2(l), jnp.inf)
         far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
-        store_number(out["reach"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
+        assert out.reach is not None
+        store_number(out.reach, (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
     if plan.pruned and call.dtype != "float16":
         # A bound on the scores replaces the running maximum. Not in float16: its
         # weights end at 2^16, too near for a bound.
@@ -97,7 +100,7 @@ def forward_kernel(
         # loop that costs nothing where it does not run.
         wide = ~(far.top - jnp.min(m) * mul <= ROOM + SPREAD)  # NaN too
 
-        def find(state: Any) -> Any:
+        def find(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             t, m = state
             x, row, _ = scores(at_keys(t0, *far.at(t), edge=veiled))
             return t + 1, peak(m, x, row)
@@ -107,7 +110,9 @@ def forward_kernel(
         base = jnp.maximum(top, lift * (1 / mul))
         old = power((m - base) * mul)
 
-        def rest(j: Any, side: Any, state: Any) -> Any:
+        def rest(
+            j: Index, side: Scalar, state: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
             acc, l = state
             t = at_keys(t0, j, side, edge=veiled)
             x, row, visible = scores(t)
@@ -117,18 +122,18 @@ def forward_kernel(
         acc, l = far.loop(rest, (acc * old[:, None], l * old))
     else:
 
-        def rest(j: Any, side: Any, state: Any) -> Any:
+        def further(j: Index, side: Scalar, state: Sums) -> Sums:
             return online(at_keys(t0, j, side, edge=veiled), state)
 
-        acc, base, l = far.loop(rest, (acc, m, l))
+        acc, base, l = far.loop(further, (acc, m, l))
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, l = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, l, 0.0)
     if call.dropout:
         acc = acc * rescale(call)
-    t0.put_rows(out["o"], acc / jnp.where(l == 0, 1.0, l)[:, None])
-    t0.put_stat(out["lse"], log_sum(base * mul, l))
-    if plan.large:
-        t0.put_stat(out["peak"], jnp.where(l == 0, jnp.inf, base))
-        t0.put_stat(out["total"], jnp.log2(jnp.where(l == 0, 1.0, l)))
-    report(out["visits"], t0, t0.q0 // i32(t0.bq), visits(w, far))
+    t0.put_rows(out.o, acc / jnp.where(l == 0, 1.0, l)[:, None])
+    t0.put_stat(out.lse, log_sum(base * mul, l))
+    if out.peak is not None and out.total is not None:
+        t0.put_stat(out.peak, jnp.where(l == 0, jnp.inf, base))
+        t0.put_stat(out.total, jnp.log2(jnp.where(l == 0, 1.0, l)))
+    report(out.visits, t0, t0.q0 // i32(t0.bq), visits(w, far))

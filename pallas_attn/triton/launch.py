@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import jaxpr_as_fun
+from jaxtyping import Array
 
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tracing.once import once
 from pallas_attn.tracing.varying import in_shard_map, lifted, over, varying
+from pallas_attn.types import Index, outline, Ref, Tree
 
+
+# What a kernel makes: a pytree, of outlines before.
+Made = TypeVar("Made")
 
 # JAX warns when it lowers, outside any call of ours. Ends with another backend here.
 warnings.filterwarnings(
@@ -35,25 +40,26 @@ class Program:
     flag: (ref, entry): where it says that a result is not finite; None: nobody asks.
     """
 
-    place: tuple[Any, ...]
-    flag: tuple[Any, Any] | None = None
+    place: tuple[jax.Array, ...]
+    flag: tuple[Ref, Index] | None = None
 
 
 def launch(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
-    inputs: Any,
-    outputs: Any,
+    inputs: Tree,
+    outputs: Made,
     call: Call,
     block: Block,
     *,
-    into: Any = None,
+    into: Tree = None,
     name: str = "",
-    **static: Any,
-) -> Any:
+    **static: Hashable,
+) -> Made:
     """Run kernel(*input_refs, *output_refs, call=, program=, **static) on a grid.
 
-    into: arrays like the outputs, which the kernel's stores change and the rest stays.
+    into: arrays like the outputs, or like the first of them, which the kernel's stores
+        change and the rest stays.
     name: of the kernel, where it is not its function's.
     """
     inputs = jax.tree.map(within_reach, inputs)
@@ -62,12 +68,12 @@ def launch(
     inputs, into = lifted(inputs, axes), lifted(into, axes)
     name = name or kernel.__name__
 
-    def bound(*refs: Any) -> None:
+    def bound(*refs: Tree) -> None:
         program = Program(tuple(pl.program_id(axis) for axis in range(len(grid))))
         kernel(*refs, call=call, program=program, **static)
 
     bound.__name__ = name
-    run: Any = pl.pallas_call(
+    run = pl.pallas_call(
         bound,
         grid=grid,
         out_shape=over(outputs, frozenset() if call.interpret else axes),
@@ -83,7 +89,7 @@ def launch(
     return interpreted(run, operands, axes) if call.interpret else run(*operands)
 
 
-def interpreted(run: Any, operands: Any, axes: frozenset[Any]) -> Any:
+def interpreted(run: Tree, operands: Tree, axes: frozenset[str]) -> Tree:
     """The results of an interpreted kernel, which vary over mesh axes as asked.
 
     The interpreter's loops mix what varies with constants that do not, and JAX refuses
@@ -97,12 +103,12 @@ def interpreted(run: Any, operands: Any, axes: frozenset[Any]) -> Any:
     return lifted(jax.tree.unflatten(jax.tree.structure(shapes), flat), axes)
 
 
-def _aliases(inputs: Any, into: Any) -> dict[int, int]:
+def _aliases(inputs: Tree, into: Tree) -> dict[int, int]:
     first = len(jax.tree.leaves(inputs))
     return {first + i: i for i in range(len(jax.tree.leaves(into)))}
 
 
-def within_reach(x: Any) -> Any:
+def within_reach(x: Array) -> Array:
     """An array as it is, or wider where an offset would overflow.
 
     Pallas takes offsets of 64 bits for an array of more than 2^32 bytes, else signed
@@ -114,6 +120,6 @@ def within_reach(x: Any) -> Any:
     return x.astype(jnp.bfloat16 if floats else jnp.int16)
 
 
-def like(x: Any) -> jax.ShapeDtypeStruct:
+def like(x: Array) -> Array:
     """The shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return outline(x.shape, x.dtype)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
@@ -22,11 +21,14 @@ from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
 from pallas_attn.triton.forward import forward_kernel
-from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.launch import launch, like, Made
 from pallas_attn.triton.operands import Cotangents
 from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
 from pallas_attn.triton.programs import grid_of
 from pallas_attn.triton.pruning import Grains, Pruning
+from pallas_attn.triton.row_weights import RowCotangents
+from pallas_attn.triton.visitor import Visitor
+from pallas_attn.types import outline, Tree
 
 
 f32 = jnp.float32
@@ -43,8 +45,7 @@ def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
     heads = call.N if sides else call.K
     grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, sides, ops.sight)
-    shape = jax.ShapeDtypeStruct(grid, f32)
-    norms = launch(norms_kernel, grid, inputs, shape, call, PRE_PASS)
+    norms = launch(norms_kernel, grid, inputs, outline(grid, f32), call, PRE_PASS)
     vectors = {f: along(f, x) for f, x in fields(ops.added).items()}
     known = {f: extremes(x.astype(f32)) for f, x in vectors.items() if x is not None}
     return Grains(norms, known)
@@ -53,15 +54,17 @@ def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
 def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forward:
     """Output, log-sum-exp and what else the plan needs of them."""
     blocks = grid_of(call, p, "forward").blocks
-    o = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype)
-    outputs = {"o": o, "lse": _per_row(call), "visits": _visits(call, blocks)}
-    if p.large:
-        outputs |= {"peak": _per_row(call), "total": _per_row(call)}
-    if p.pruned:
-        outputs["reach"] = jax.ShapeDtypeStruct((call.B, call.N, blocks), f32)
+    outputs = Forward(
+        lse=_per_row(call),
+        o=outline((call.B, call.T, call.N, call.h), ops.q.dtype),
+        peak=_per_row(call) if p.large else None,
+        reach=outline((call.B, call.N, blocks), f32) if p.pruned else None,
+        total=_per_row(call) if p.large else None,
+        visits=_visits(call, blocks),
+    )
     inputs = (ops, Pruning(grains))
     made = _run(forward_kernel, "forward", inputs, outputs, call, p)
-    return Forward(**made, grains=grains)
+    return replace(made, grains=grains)
 
 
 def cotangents(
@@ -73,7 +76,7 @@ def cotangents(
         delta_kernel,
         grid,
         (res.o, do, res.lse, dlse, res.ops.sight),
-        (_per_row(call), jax.ShapeDtypeStruct(grid, f32)),
+        (_per_row(call), outline(grid, f32)),
         call,
         PRE_PASS,
     )
@@ -82,49 +85,55 @@ def cotangents(
     return cot, pruning
 
 
-def rows(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Rows:
+def rows(
+    ops: Operands, cot: RowCotangents, blocks: Visitor, call: Call, p: Plan
+) -> Rows:
     """dq, the query sides of products, the fields per head and per query; visits.
 
     And what delta lacks, if the plan settles it.
     """
     products = ops.added.products
-    outputs = {
-        "dq": like(ops.q),
-        "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
-        "fields": {f: _per_row(call) for f in p.row_fields},
-        "visits": _visits(call, grid_of(call, p, "rows").blocks),
-    }
-    if p.settled:
-        outputs["beyond"] = _per_row(call)
+    outputs = Rows(
+        beyond=_per_row(call) if p.settled else None,
+        da={x: columns_of(products[x][0], call.T, call) for x in p.da},
+        dq=like(ops.q),
+        fields={f: _per_row(call) for f in p.row_fields},
+        visits=_visits(call, grid_of(call, p, "rows").blocks),
+    )
     grid, block = grid_of(call, p, "rows").shape, block_of(call, p, "rows")
     made, strange = launch_flagged(
         rows_kernel, grid, (ops, cot, blocks), outputs, call, block, plan=p
     )
-    return Rows(**made, strange=strange)
+    return replace(made, strange=strange)
 
 
-def cols(ops: Operands, cot: Any, blocks: Any, call: Call, p: Plan) -> Cols:
+def cols(
+    ops: Operands, cot: RowCotangents, blocks: Visitor, call: Call, p: Plan
+) -> Cols:
     """dv, dk or dS, the key sides of products, the fields per key; visits."""
     if p.turn:
         ops = replace(ops, added=turned(ops.added))
     products = ops.added.products
-    per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
-    outputs = {
-        "dv": like(ops.v),
-        "db": {x: columns_of(products[x][1], call.S, call) for x in p.db},
-        "fields": dict.fromkeys(p.col_fields, per_key),
-        "visits": _visits(call, grid_of(call, p, "cols").blocks),
-    }
-    if p.dk:
-        outputs["dk"] = like(ops.k)
-    if p.store:
-        shape = (call.B, call.N, call.T, call.S)
-        outputs["ds"] = jax.ShapeDtypeStruct(shape, p.store)
-    return Cols(**_run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p))
+    shape = (call.B, call.N, call.T, call.S)
+    outputs = Cols(
+        db={x: columns_of(products[x][1], call.S, call) for x in p.db},
+        dk=like(ops.k) if p.dk else None,
+        ds=outline(shape, p.store) if p.store else None,
+        dv=like(ops.v),
+        fields=dict.fromkeys(p.col_fields, outline((call.B, call.N, call.S), f32)),
+        visits=_visits(call, grid_of(call, p, "cols").blocks),
+    )
+    return _run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p)
 
 
 def tiles(
-    ops: Operands, cot: Any, blocks: Any, field: Field, rows: Rows, call: Call, p: Plan
+    ops: Operands,
+    cot: RowCotangents,
+    blocks: Visitor,
+    field: Field,
+    rows: Rows,
+    call: Call,
+    p: Plan,
 ) -> Array:
     """The gradient of a pair field; not finite only where what rows made is not.
 
@@ -141,7 +150,7 @@ def tiles(
         tiles_kernel,
         (across, down, b * h * runs),
         (ops, cot, blocks),
-        jax.ShapeDtypeStruct((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
+        outline((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
         call,
         block,
         strange=rows.strange,
@@ -154,24 +163,35 @@ def tiles(
     return out.reshape(runs, b, h, t, s).sum(0).astype(x.dtype)
 
 
-def thin_rows(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+def thin_rows(
+    ds: Array, y: Array, out: Array, ops: Operands, call: Call, p: Plan
+) -> Array:
     """Scale dS Y, shaped as `out`, for an array per key."""
     return _run(thin_rows_kernel, "thin_rows", (ds, y, ops.sight), like(out), call, p)
 
 
-def thin_cols(ds: Array, y: Array, out: Any, ops: Operands, call: Call, p: Plan) -> Any:
+def thin_cols(
+    ds: Array, y: Array, out: Array, ops: Operands, call: Call, p: Plan
+) -> Array:
     """Scale dS^T Y, shaped as `out`, for an array per query."""
     return _run(thin_cols_kernel, "thin_cols", (ds, y, ops.sight), like(out), call, p)
 
 
-def _run(kernel: Any, name: str, inputs: Any, outputs: Any, call: Call, p: Plan) -> Any:
+def _run(
+    kernel: Callable[..., None],
+    name: str,
+    inputs: Tree,
+    outputs: Made,
+    call: Call,
+    p: Plan,
+) -> Made:
     grid, block = grid_of(call, p, name), block_of(call, p, name)
     return launch_watched(kernel, grid.shape, inputs, outputs, call, block, plan=p)
 
 
-def _per_row(call: Call) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+def _per_row(call: Call) -> Array:
+    return outline((call.B, call.N, call.T), f32)
 
 
-def _visits(call: Call, blocks: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), jnp.int32)
+def _visits(call: Call, blocks: int) -> Array:
+    return outline((call.B, call.N, blocks, 2), jnp.int32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -19,12 +19,13 @@ from pallas_attn.tiled.block_ranges import (
     runs,
 )
 from pallas_attn.tiled.plan import Plan
-from pallas_attn.tiled.summaries import frame, Sight
+from pallas_attn.tiled.summaries import Frame, frame, Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import load_number, store_number, Tile
+from pallas_attn.types import Index, Ref
 
 
 i32 = jnp.int32
@@ -53,7 +54,7 @@ class Grid:
             return (self.heads, self.batch, self.blocks)
         return (self.blocks, self.heads, self.batch)
 
-    def place(self, program: Program) -> tuple[Any, Any, Any]:
+    def place(self, program: Program) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(batch entry, head, block) of a program."""
         if self.flock > 1:
             entry, block, head, group = program.place
@@ -77,10 +78,10 @@ def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
     )
 
 
-def frame_of(call: Call, sight: Sight, b: Any) -> Any:
+def frame_of(call: Call, sight: Sight, b: Index) -> Frame:
     """The frame of batch entry b, in uniform registers."""
 
-    def number(ref: Any, at: tuple[Any, ...]) -> Any:
+    def number(ref: Ref, at: tuple[Index, ...]) -> jax.Array:
         return uniform(call, load_number(ref, at))
 
     found, seed = frame(call, sight, b, number), sight.arrays.seed
@@ -175,10 +176,10 @@ def _ragged(t: Tile) -> bool:
 
 
 # How many blocks a program visits, and how many there are to visit.
-Visits = tuple[Any, Any]
+Visits = tuple[Index, Index]
 
 
-def report(ref: Any, t: Tile, n: Any, visits: Visits) -> None:
+def report(ref: Ref, t: Tile, n: jax.Array, visits: Visits) -> None:
     """Store what program n of its batch entry and head visited."""
     for place, count in enumerate(visits):
         store_number(ref, (t.b, t.h, n, i32(0) * n + place), count)

@@ -37,7 +37,7 @@ def product(call: Call, x: Scalar, factor: float) -> Scalar:
     same score is rounded otherwise in another pass.
     """
     # a single number is multiplied once, at the start
-    if isinstance(x, float | int) or not x.ndim or not call.exact:
+    if isinstance(x, int | float) or not x.ndim or not call.exact:
         return x * factor
     if call.interpret:  # a choice between products is no product
         y = x * factor

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_attn.bias.base import Added
+from pallas_attn.bias.base import Added, Bias
 from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
-from pallas_attn.tiled.fields import Field
+from pallas_attn.tiled.fields import Values
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.ptx import product
 from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.terms import on_tile, parts
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
 
 
 def dots(
-    t: Tile, q: Any, k: Any, qs: list[Any], ks: list[Any]
+    t: Tile,
+    q: jax.Array,
+    k: jax.Array,
+    qs: list[jax.Array],
+    ks: list[jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
     """(q.k, soft-capped, plus the products; the derivative of the cap or None).
 
@@ -58,7 +64,12 @@ def uncapped(
 
 
 def row_scores(
-    t: Tile, q: jax.Array, qs: list[Any], k: Any, added: Added, held: dict[Field, Any]
+    t: Tile,
+    q: jax.Array,
+    qs: list[jax.Array],
+    k: Ref,
+    added: Added,
+    held: Values,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(x, row, visible): scores x + row in units of q.k, x = -inf where hidden.
 
@@ -98,7 +109,7 @@ def squared_norm(x: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(f32) ** 2, 1)
 
 
-def times(t: Tile, ds: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+def times(t: Tile, ds: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The product dS y, dS rounded to the operands' dtype (TF32 if y has another)."""
     if y.dtype == dtype:
         return t.dot(ds.astype(dtype), y)
@@ -124,7 +135,7 @@ def weights_and_ds(
     t: Tile,
     operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     factors: tuple[list[jax.Array], list[jax.Array]],
-    terms: tuple[Any, ...],
+    terms: tuple[Bias, ...],
     stats: RowWeights,
 ) -> Graded:
     """What a backward pass makes of one tile, given its q, k, v, do.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +16,77 @@ from pallas_attn.call import NO_WEIGHT
 from pallas_attn.tiled.fields import (
     Field,
     fields,
+    Values,
     with_fields,
 )
+from pallas_attn.tiled.summaries import Extremes, Sight
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Index, Ref, Scalar
 
 
 f32 = jnp.float32
 
 
-def hold(added: Added, t: Tile, spans: Iterable[str]) -> dict[Field, Any]:
+class Place(Protocol):
+    """What terms are looked at on: a tile, or listed pairs of queries and keys."""
+
+    @property
+    def sight(self) -> Sight:
+        """Who may see whom, of refs."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what has a number per pair."""
+        ...
+
+    @property
+    def bq(self) -> int:
+        """How many queries there are."""
+        ...
+
+    @property
+    def flip(self) -> bool:
+        """Whether queries lie along the last axis."""
+        ...
+
+    @property
+    def visible(self) -> jax.Array | None:
+        """Which pairs may attend; None if that hides nothing here."""
+        ...
+
+    def field(self, home: str, ref: Ref) -> jax.Array:
+        """A field, float32: a number, one per query or key, or one per pair."""
+        ...
+
+    def seen_part(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
+        """What `field` gives, 0 where no visible pair reads it."""
+        ...
+
+    def along_q(self, x: jax.Array) -> jax.Array:
+        """One number per query, shaped to broadcast."""
+        ...
+
+    def settled(self) -> Place:
+        """With explicit positions read: a load cannot be differentiated through."""
+        ...
+
+
+Where = TypeVar("Where", bound=Place)
+
+
+def hold(added: Added, t: Tile, spans: Iterable[str]) -> Values:
     """The fields that vary along no more than `spans`, loaded once before a loop."""
     return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
 
 
-def on_tile(
-    added: Added, t: Tile, held: dict[Field, Any]
-) -> tuple[Tile, tuple[Bias, ...]]:
+def on_tile(added: Added, t: Where, held: Values) -> tuple[Where, tuple[Bias, ...]]:
     """The terms with their fields loaded on this tile, those in `held` as they are.
 
     And the tile, without the pairs that they take away if `Sight.careful` asks for it.
     """
     rest = {f: t.field(f.home, x) for f, x in fields(added).items() if f not in held}
-    if t.sight.careful:
+    if t.sight.careful and isinstance(t, Tile):
         t = replace(t, kept=_kept(with_fields(added, held | rest), t))
     if t.sight.careful or not all(f.additive for f in rest):
         # A derivative of what nobody sees may not be finite; 0 times it is not 0.
@@ -57,7 +106,7 @@ def _kept(terms: tuple[Bias, ...], t: Tile) -> jax.Array:
     )
 
 
-def parts(terms: tuple[Bias, ...], t: Tile) -> tuple[Any, list[jax.Array]]:
+def parts(terms: tuple[Bias, ...], t: Place) -> tuple[Scalar, list[jax.Array]]:
     """(row, rest): the sum of what does not depend on the key, and all that does."""
     row, rest = 0.0, []
     for term in terms:
@@ -70,8 +119,8 @@ def parts(terms: tuple[Bias, ...], t: Tile) -> tuple[Any, list[jax.Array]]:
 
 
 def pullback(
-    terms: tuple[Bias, ...], mine: tuple[Field, ...], t: Tile
-) -> Callable[[jax.Array], dict[Field, jax.Array]]:
+    terms: tuple[Bias, ...], mine: tuple[Field, ...], t: Place
+) -> Callable[[jax.Array], Values]:
     """What takes dS to gradients of the fields `mine`, by JAX's own vjp of `tile`.
 
     A head's number is spread over queries, so that its sum waits for the loop's end.
@@ -104,8 +153,11 @@ def pullback(
 
 
 def bound(
-    added: Added, held: dict[Field, Any], extremes: dict[Field, Any], *ranges: Any
-) -> Any:
+    added: Added,
+    held: Values,
+    extremes: Mapping[Field, Extremes],
+    *ranges: Index,
+) -> jax.Array:
     """The largest sum of the terms on ranges of positions, in log2 units.
 
     extremes: of the fields that have any, on these ranges.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
 from pallas_attn.tiled.summaries import Frame, Sight
+from pallas_attn.types import Index, Range, Ref, Scalar, View
 
 
 f32 = jnp.float32
@@ -36,18 +36,18 @@ class Tile:
     call: Call
     sight: Sight  # of refs
     frame: Frame
-    b: Any
-    h: Any
-    q0: Any
-    k0: Any
+    b: Index
+    h: Index
+    q0: Index
+    k0: Index
     bq: int
     bk: int
-    side: Any = 0
+    side: Scalar = 0
     flip: bool = False
     edge: bool = True
     loaded: tuple[jax.Array, jax.Array] | None = None  # explicit positions, if read
     kept: jax.Array | None = None  # `visible` less what a bias takes, once looked at
-    flag: tuple[Any, Any] | None = None  # as `launch.Program` has it
+    flag: tuple[Ref, Index] | None = None  # as `launch.Program` has it
 
     # What a term may use.
 
@@ -139,6 +139,7 @@ class Tile:
             if call.window:
                 checks += within(q, k, call.window)
         if arrays.query_segments is not None:
+            assert arrays.key_segments is not None
             q = self._vector(arrays.query_segments, (), self.q0, self.bq)
             k = self._vector(arrays.key_segments, (), self.k0, self.bk)
             checks.append(self.along_q(q) == self.along_k(k))
@@ -167,19 +168,19 @@ class Tile:
             seen = seen[:, None] if axis == 1 else seen[None, :]
         return jnp.where(seen, x, 0.0)
 
-    def rows(self, ref: Any) -> jax.Array:
+    def rows(self, ref: Ref) -> jax.Array:
         """[bq, H] of an array [#B, T, heads, H]."""
         return _load(*self._matrix(ref, "q"))
 
-    def keys(self, ref: Any) -> jax.Array:
+    def keys(self, ref: Ref) -> jax.Array:
         """[bk, H] of an array [#B, S, heads, H]."""
         return _load(*self._matrix(ref, "k"))
 
-    def stat(self, ref: Any, other: float = 0.0) -> jax.Array:
+    def stat(self, ref: Ref, other: float = 0.0) -> jax.Array:
         """[bq] of a row statistic [B, N, T]; `other` past the end."""
         return self._vector(ref, (self.h,), self.q0, self.bq, other)
 
-    def put_rows(self, ref: Any, x: jax.Array, *, noted: bool = False) -> None:
+    def put_rows(self, ref: Ref, x: jax.Array, *, noted: bool = False) -> None:
         """Store [bq, H] into an array [B, T, heads, H].
 
         noted: another result is not finite where this one is not.
@@ -188,27 +189,27 @@ class Tile:
             self.note(x)
         _store(*self._matrix(ref, "q", stored=True), x, ref)
 
-    def put_keys(self, ref: Any, x: jax.Array) -> None:
+    def put_keys(self, ref: Ref, x: jax.Array) -> None:
         """Store [bk, H] into an array [B, S, heads, H]."""
         self.note(x)
         _store(*self._matrix(ref, "k", stored=True), x, ref)
 
-    def put_stat(self, ref: Any, x: jax.Array) -> None:
+    def put_stat(self, ref: Ref, x: jax.Array) -> None:
         """Store [bq] into [B, N, T]."""
         self._put_vector(ref, self.q0, self.bq, x)
 
-    def put_key_stat(self, ref: Any, x: jax.Array) -> None:
+    def put_key_stat(self, ref: Ref, x: jax.Array) -> None:
         """Store [bk] into [B, N, S]."""
         self.note(x)
         self._put_vector(ref, self.k0, self.bk, x)
 
-    def carry(self, ref: Any, lead: tuple[Any, ...], which: int) -> jax.Array:
+    def carry(self, ref: Ref, lead: tuple[Index, ...], which: int) -> jax.Array:
         """[bq]: number `which` of each row of [*lead, T, 2]."""
         at = ref.at[(*lead, pl.ds(self.q0, self.bq), self.q0 * 0 + which)]
         return _load(at, _within(self.q0, self.bq, (0, self.call.T), self.call.T))
 
     def put_carry(
-        self, ref: Any, lead: tuple[Any, ...], x: jax.Array, y: jax.Array
+        self, ref: Ref, lead: tuple[Index, ...], x: jax.Array, y: jax.Array
     ) -> None:
         """Store two numbers of each row into [*lead, T, 2]."""
         at = ref.at[(*lead, pl.ds(self.q0, self.bq), pl.ds(self.q0 * 0, 2))]
@@ -217,11 +218,13 @@ class Tile:
         both = jnp.where(jnp.arange(2, dtype=i32)[None, :] == 0, x[:, None], y[:, None])
         _store(at, ok, both, ref)
 
-    def pair(self, ref: Any) -> jax.Array:
+    def pair(self, ref: Ref) -> jax.Array:
         """A tile of an array [#B, #N, T, S] (of [#B, #N, S, T], if flip)."""
         return _load(*self._pair(ref, self.flip))
 
-    def put_pair(self, ref: Any, x: jax.Array, b: Any = None, h: Any = None) -> None:
+    def put_pair(
+        self, ref: Ref, x: jax.Array, b: Index | None = None, h: Index | None = None
+    ) -> None:
         """Store a tile [bq, bk] into an array [#B, #N, T, S], at (b, h) if given."""
         _store(*self._pair(ref, False, b, h), x, ref)
 
@@ -244,7 +247,7 @@ class Tile:
             at = jnp.where(bad, at, ref.shape[0])
         plgpu.store(ref.at[(at,)], jnp.ones(bad.shape, ref.dtype), mask=bad)
 
-    def field(self, home: str, ref: Any) -> jax.Array:
+    def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
         if home == "pair":
             return self._pair_any(ref, turned=self.flip).astype(f32)
@@ -302,7 +305,7 @@ class Tile:
         )
         return self.along_q(beyond), there if self.call.causal else jnp.abs(there)
 
-    def _position(self, ref: Any, axis: str) -> jax.Array:
+    def _position(self, ref: Ref | None, axis: str) -> jax.Array:
         i0, n, start = (
             (self.q0, self.bq, self.frame.offset)
             if axis == "q"
@@ -321,7 +324,7 @@ class Tile:
             jnp.asarray(self.h) // i32(self.call.N // heads),
         )
 
-    def _limits(self, axis: str, stored: bool) -> tuple[Any, int, int, Any]:
+    def _limits(self, axis: str, stored: bool) -> tuple[Index, int, int, Range]:
         """First index, count, array size and the range that may be read or written."""
         i0, n, size, limits = (
             (self.q0, self.bq, self.call.T, self.frame.queries)
@@ -330,7 +333,9 @@ class Tile:
         )
         return i0, n, size, limits if self.edge and not stored else (0, size)
 
-    def _matrix(self, ref: Any, axis: str, stored: bool = False) -> tuple[Any, Any]:
+    def _matrix(
+        self, ref: Ref, axis: str, stored: bool = False
+    ) -> tuple[View, jax.Array | None]:
         """[n, H] of [#B, length, heads, H], H padded to a power of two; its mask."""
         i0, n, size, limits = self._limits(axis, stored)
         width = ref.shape[-1]
@@ -347,7 +352,7 @@ class Tile:
         return at, _both(checks, (n, padded))
 
     def _vector(
-        self, ref: Any, head: tuple[Any, ...], i0: Any, n: int, other: float = 0
+        self, ref: Ref, head: tuple[Index, ...], i0: Index, n: int, other: float = 0
     ) -> jax.Array:
         """[n] from i0 of [#B, length], or of [#B, #N, length] with a head."""
         size = ref.shape[-1]
@@ -355,14 +360,14 @@ class Tile:
         at = ref.at[(b, h, pl.ds(i0, n)) if head else (b, pl.ds(i0, n))]
         return _load(at, _within(i0, n, (0, size), size), other)
 
-    def _put_vector(self, ref: Any, i0: Any, n: int, x: jax.Array) -> None:
+    def _put_vector(self, ref: Ref, i0: Index, n: int, x: jax.Array) -> None:
         b, h = self._lead(*ref.shape[:2])
         size = ref.shape[-1]
         _store(ref.at[b, h, pl.ds(i0, n)], _within(i0, n, (0, size), size), x, ref)
 
     def _pair(
-        self, ref: Any, turned: bool, b: Any = None, h: Any = None
-    ) -> tuple[Any, Any]:
+        self, ref: Ref, turned: bool, b: Index | None = None, h: Index | None = None
+    ) -> tuple[View, jax.Array | None]:
         starts, steps = (self.q0, self.k0), (self.bq, self.bk)
         if turned:
             starts, steps = starts[::-1], steps[::-1]
@@ -378,7 +383,7 @@ class Tile:
         at = ref.at[b, h, pl.ds(starts[0], steps[0]), pl.ds(starts[1], steps[1])]
         return at, _both(checks, steps)
 
-    def _pair_any(self, ref: Any, turned: bool) -> jax.Array:
+    def _pair_any(self, ref: Ref, turned: bool) -> jax.Array:
         """An array [#B, #N, #T, #S] on this tile, as small as it is, oriented.
 
         turned: a full one was transposed beforehand to the tile's orientation.
@@ -397,7 +402,7 @@ class Tile:
             return self.along_q(_load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
         return plgpu.load(ref.at[b, h, zero, zero])
 
-    def _guard(self, visible: Any, axis: int, x: jax.Array) -> jax.Array:
+    def _guard(self, visible: jax.Array | None, axis: int, x: jax.Array) -> jax.Array:
         if visible is None or not self.sight.veiled:
             return x
         seen = jnp.max(visible.astype(i32), axis) > 0
@@ -415,29 +420,31 @@ def _in_order(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b, precision=lax.Precision.HIGHEST)[:, :columns]
 
 
-def at_keys(tile: Tile, j: Any, side: Any, edge: bool) -> Tile:
+def at_keys(tile: Tile, j: Index, side: Scalar, edge: bool) -> Tile:
     """The tile of key block j beside the same queries."""
     return replace(tile, k0=j * tile.bk, side=side, edge=edge)
 
 
-def at_queries(tile: Tile, i: Any, side: Any, edge: bool) -> Tile:
+def at_queries(tile: Tile, i: Index, side: Scalar, edge: bool) -> Tile:
     """The tile of query block i beside the same keys."""
     return replace(tile, q0=i * tile.bq, side=side, edge=edge)
 
 
-def zeros(n: int, ref: Any) -> jax.Array:
+def zeros(n: int, ref: Ref) -> jax.Array:
     """An accumulator of n rows as wide as an array, padded to a power of two."""
     return jnp.zeros((n, max(16, pl.next_power_of_2(ref.shape[-1]))), f32)
 
 
-def load_blocks(ref: Any, lead: tuple[Any, ...], i: jax.Array, ok: jax.Array) -> Any:
+def load_blocks(
+    ref: Ref, lead: tuple[Index, ...], i: jax.Array, ok: jax.Array
+) -> jax.Array:
     """Entries i (a vector) of ref[*lead, :]; 0 where not ok."""
     lead = tuple(jnp.broadcast_to(x, i.shape) for x in lead)
     i = jnp.clip(i, 0, ref.shape[-1] - 1)
     return plgpu.load(ref.at[(*lead, i)], mask=ok, other=0)
 
 
-def load_all(ref: Any) -> jax.Array:
+def load_all(ref: View) -> jax.Array:
     """All of a small array, its sides powers of two."""
     return plgpu.load(ref)
 
@@ -447,27 +454,27 @@ def plain_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b)
 
 
-def load_where(at: Any, ok: jax.Array) -> jax.Array:
+def load_where(at: View, ok: jax.Array) -> jax.Array:
     """Entries of a view of an array; 0 where not ok."""
     return plgpu.load(at, mask=ok, other=0)
 
 
-def store_where(at: Any, x: jax.Array, ok: jax.Array) -> None:
+def store_where(at: View, x: jax.Array, ok: jax.Array) -> None:
     """Write entries of a view of an array, where ok."""
     plgpu.store(at, x.astype(at.dtype), mask=ok)
 
 
-def store_row(ref: Any, lead: tuple[Any, ...], x: jax.Array) -> None:
+def store_row(ref: Ref, lead: tuple[Index, ...], x: jax.Array) -> None:
     """Write all of ref[*lead, :], a power of two long."""
     plgpu.store(ref.at[(*lead, pl.ds(lead[-1] * 0, x.shape[0]))], x.astype(ref.dtype))
 
 
-def load_number(ref: Any, index: tuple[Any, ...]) -> jax.Array:
+def load_number(ref: Ref, index: tuple[Index, ...]) -> jax.Array:
     """One entry of an array, at traced indices."""
     return plgpu.load(ref.at[index])
 
 
-def store_number(ref: Any, index: tuple[Any, ...], x: Any) -> None:
+def store_number(ref: Ref, index: tuple[Index, ...], x: Index | Scalar) -> None:
     """Write one entry of an array."""
     plgpu.store(ref.at[index], jnp.asarray(x).astype(ref.dtype))
 
@@ -481,7 +488,7 @@ def _iota(n: int) -> jax.Array:
     return jnp.arange(n, dtype=i32).astype(f32)
 
 
-def _within(i0: Any, n: int, limits: tuple[Any, Any], size: int) -> jax.Array | None:
+def _within(i0: Index, n: int, limits: Range, size: int) -> jax.Array | None:
     """[n]: which of i0, i0 + 1, ... lie in the range; None if all of any block do."""
     if cut_evenly(limits, size, n):
         return None
@@ -502,12 +509,12 @@ def _both(checks: list[jax.Array], shape: tuple[int, ...]) -> jax.Array | None:
     return jnp.broadcast_to(functools.reduce(jnp.logical_and, checks), shape)
 
 
-def _load(at: Any, mask: jax.Array | None, other: float = 0) -> jax.Array:
+def _load(at: View, mask: jax.Array | None, other: float = 0) -> jax.Array:
     if mask is None:
         return plgpu.load(at)
     fill = bool(other) if at.dtype == jnp.bool_ else other
     return plgpu.load(at, mask=mask, other=fill)
 
 
-def _store(at: Any, mask: jax.Array | None, x: jax.Array, ref: Any) -> None:
+def _store(at: View, mask: jax.Array | None, x: jax.Array, ref: Ref) -> None:
     plgpu.store(at, x.astype(ref.dtype), mask=mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,21 @@ from pallas_attn.tiled.summaries import GRAIN, sight
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.triton.co_alibi.forward import forward_kernel
-from pallas_attn.triton.co_alibi.operands import Operands, Residuals, Saved
+from pallas_attn.triton.co_alibi.operands import (
+    Cols,
+    Forward,
+    Gradients,
+    Operands,
+    Residuals,
+    Rows,
+    Saved,
+)
 from pallas_attn.triton.co_alibi.plan import grid_of, Plan, plan
 from pallas_attn.triton.co_alibi.scan import exact, triangles
 from pallas_attn.triton.launch import launch, like
 from pallas_attn.triton.passes import PRE_PASS
 from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.types import outline
 
 
 f32 = jnp.float32
@@ -54,40 +62,45 @@ def visited_blocks(
     _, res = _forward(ops, call, graded=True)
     out = _passes(res, jnp.zeros_like(res.o), None, call)
 
-    return share(res.visits), share(out["rows"]["visits"]), share(out["cols"]["visits"])
+    return share(res.visits), share(out.rows.visits), share(out.cols.visits)
 
 
 def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
     return _forward(ops, call, graded=False)[0]
 
 
-def _attend_fwd(ops: Any, call: Call) -> Any:
+def _attend_fwd(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]:
+    """With a `CustomVJPPrimal` in place of every operand."""
     values = jax.tree.map(lambda x: x.value, ops)
     return _forward(values, call, graded=True)
 
 
-def _attend_bwd(call: Call, res: Residuals, cotangents: Any) -> Any:
+def _attend_bwd(
+    call: Call,
+    res: Residuals,
+    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+) -> tuple[Operands]:
     do, dlse = cotangents
     if isinstance(do, SymbolicZero):
         do = jnp.zeros_like(res.o)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     out = _passes(res, do, dlse, call)
     slopes = res.ops.slopes
-    dm = out["rows"]["dm"].sum(2)
+    dm = out.rows.dm.sum(2)
     shared = [a for a in (0, 1) if slopes.shape[a] == 1 < dm.shape[a]]
     dm = dm.sum(shared, keepdims=True).astype(slopes.dtype)
     return (
         Operands(
-            out["rows"]["dq"],
-            out["cols"]["dk"],
-            out["cols"]["dv"],
+            out.rows.dq,
+            out.cols.dk,
+            out.cols.dv,
             dm,
             jax.tree.map(lambda _: None, res.ops.sight),
         ),
     )
 
 
-_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(1,))
+_attend = jax.custom_vjp(_values, nondiff_argnums=(1,))
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
@@ -98,22 +111,24 @@ def _forward(
     p = plan(call)
     shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
     inputs = (ops.k, ops.v, [], ops.sight)
-    norms = jax.ShapeDtypeStruct(shape, f32)
-    norms = launch(norms_kernel, shape, inputs, norms, call, PRE_PASS)
+    norms = launch(norms_kernel, shape, inputs, outline(shape, f32), call, PRE_PASS)
     grid = grid_of(call, "forward", p)
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     per_block = (call.B, call.N, grid.blocks)
-    outputs = {
-        "o": jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), ops.q.dtype),
-        "lse": rows,
-        "base": rows,
-        "gates": rows,
-        "gates_low": rows,
-        "first": jax.ShapeDtypeStruct(per_block, i32),
-        "visits": jax.ShapeDtypeStruct((*per_block, 2), i32),
-    }
-    if exact(call):
-        outputs |= dict.fromkeys(("inside", "right", "right_low", "log_sum"), rows)
+    apart = rows if exact(call) else None
+    outputs = Forward(
+        base=rows,
+        first=outline(per_block, i32),
+        gates=rows,
+        gates_low=rows,
+        inside=apart,
+        log_sum=apart,
+        lse=rows,
+        o=outline((call.B, call.T, call.N, call.h), ops.q.dtype),
+        right=apart,
+        right_low=apart,
+        visits=outline((*per_block, 2), i32),
+    )
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, norms, ones)
     out = launch(
@@ -126,26 +141,25 @@ def _forward(
         plan=p,
         graded=graded,
     )
-    out = named(out)
-    lse = out["lse"]
-    natural = jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
-    return (out["o"], natural), Residuals(ops, **out)
+    out: Forward = named(out)
+    natural = jnp.where(out.lse == jnp.inf, -jnp.inf, out.lse * LN2)
+    return (out.o, natural), Residuals(ops, **vars(out))
 
 
-def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
-    """What rows and cols make of everything, {"rows": ..., "cols": ...}.
+def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradients:
+    """What rows and cols make of everything.
 
     Head after head where the carries of all would pass the budget: every group stores
     its part into the whole arrays.
     """
     ops, p = res.ops, plan(call)
     grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     delta, _ = launch(
         delta_kernel,
         grid,
         (res.o, do, res.lse, dlse, ops.sight),
-        (rows, jax.ShapeDtypeStruct(grid, f32)),
+        (rows, outline(grid, f32)),
         call,
         PRE_PASS,
     )
@@ -162,18 +176,14 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
         right_low=res.right_low,
         log_sum=res.log_sum,
     )
-    outputs = {
-        "rows": {"dq": like(ops.q), "dm": rows, "visits": _visits(call, "rows", p)},
-        "cols": {
-            "dk": like(ops.k),
-            "dv": like(ops.v),
-            "visits": _visits(call, "cols", p),
-        },
-    }
+    outputs = Gradients(
+        cols=Cols(dk=like(ops.k), dv=like(ops.v), visits=_visits(call, "cols", p)),
+        rows=Rows(dm=rows, dq=like(ops.q), visits=_visits(call, "rows", p)),
+    )
     if (p.batch, p.heads) == (call.B, call.K):
         return _group(ops, saved, outputs, None, call, p)
 
-    def group(n: Array, into: Any) -> Any:
+    def group(n: Array, into: Gradients) -> Gradients:
         entry, head = n // (call.K // p.heads), n % (call.K // p.heads)
         start = jnp.stack([entry * p.batch, head * p.heads]).astype(i32)
         return _group(ops, replace(saved, start=start), outputs, into, call, p)
@@ -184,21 +194,26 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Any:
 
 
 def _group(
-    ops: Operands, saved: Saved, outputs: Any, into: Any, call: Call, p: Plan
-) -> Any:
+    ops: Operands,
+    saved: Saved,
+    outputs: Gradients,
+    into: Gradients | None,
+    call: Call,
+    p: Plan,
+) -> Gradients:
     """Rows and cols of a group of heads; the carries between them live no longer."""
     blocks = pl.cdiv(call.S, p.block_k)
     shape = (p.batch, p.heads * call.G, blocks, call.T, 2)
-    carry = jax.ShapeDtypeStruct(shape, f32)
+    carry = outline(shape, f32)
     ones = triangles(call, p.block_k, flip=False)
     rows, carry = launch(
         rows_kernel,
         grid_of(call, "rows", p).shape,
         (ops, saved, ones),
-        (outputs["rows"], carry),
+        (outputs.rows, carry),
         call,
         p.rows,
-        into=None if into is None else into["rows"],
+        into=None if into is None else into.rows,
         plan=p,
     )
     ones = triangles(call, p.block_k, flip=True)
@@ -206,15 +221,15 @@ def _group(
         cols_kernel,
         grid_of(call, "cols", p).shape,
         (ops, saved, carry, ones),
-        outputs["cols"],
+        outputs.cols,
         call,
         p.cols,
-        into=None if into is None else into["cols"],
+        into=None if into is None else into.cols,
         plan=p,
     )
-    return {"rows": rows, "cols": cols}
+    return Gradients(cols=cols, rows=rows)
 
 
-def _visits(call: Call, kernel: str, p: Plan) -> jax.ShapeDtypeStruct:
+def _visits(call: Call, kernel: str, p: Plan) -> Array:
     blocks = grid_of(call, kernel, p).blocks
-    return jax.ShapeDtypeStruct((call.B, call.N, blocks, 2), i32)
+    return outline((call.B, call.N, blocks, 2), i32)

@@ -11,7 +11,6 @@ the C before the block: with them a key block needs nothing of its neighbours.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,11 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
-from pallas_attn.triton.co_alibi.operands import Operands, Saved
+from pallas_attn.triton.co_alibi.operands import Cols, Operands, Rows, Saved
 from pallas_attn.triton.co_alibi.plan import key_tile, Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import (
     add,
+    Exactly,
     from_reference,
     gates,
     less,
@@ -46,22 +46,30 @@ from pallas_attn.triton.tile import (
     Tile,
     zeros,
 )
+from pallas_attn.types import Index, Range, Ref, Tree
 
 
 f32 = jnp.float32
 i32 = jnp.int32
+
+# Of each row: dq, C, the sum of g C, that of P z, and the gates that are left.
+RowState = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Exactly]
+# dk and dv.
+ColState = tuple[jax.Array, jax.Array]
 
 
 def rows_kernel(
     ops: Operands,
     saved: Saved,
     ones: Triangles,
-    *refs: Any,
+    *refs: Tree,
     call: Call,
     program: Program,
     plan: Plan,
 ) -> None:
     """For one query block: dq, its part of dm, and the carries of cols."""
+    out: Rows
+    carry: Ref
     *_, out, carry = refs  # before them, if a group stores into arrays: those
     t0 = query_tile(ops.sight, call, plan, "rows", saved.start, program)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
@@ -72,7 +80,7 @@ def rows_kernel(
     u, log_sum = _reference(t0, saved, base), _log_sum(t0, saved)
     lead = _local(t0, saved.start, call)
 
-    def step(j: Any, edge: bool, state: Any) -> Any:
+    def step(j: Index, edge: bool, state: RowState) -> RowState:
         dq, c, gc, pz, z = state
         t = at_keys(t0, j, 0, edge)
         k, v = t.keys(ops.k), t.keys(ops.v)
@@ -109,29 +117,30 @@ def rows_kernel(
     first = uniform(call, load_number(saved.first, (t0.b, t0.h, i)))
     state = at.loop(step, state, veiled=ops.sight.veiled, within=(first, at.last))
     dq, c, gc, pz, _ = state
-    t0.put_rows(out["dq"], dq * call.scale)
+    t0.put_rows(out.dq, dq * call.scale)
     # A row of dT sums to dlse and what rounding (of o in delta) left beyond. That is a
     # multiple of P in dT, and z, which may be large, would multiply it.
     beyond = c if saved.dlse is None else c - t0.stat(saved.dlse)
     dm = jnp.where(base == jnp.inf, 0.0, beyond * pz - gc)
-    t0.put_stat(out["dm"], dm)
+    t0.put_stat(out.dm, dm)
     i = t0.q0 // i32(t0.bq)
-    store_number(out["visits"], (t0.b, t0.h, i, i * 0), i32(at.last) - first)
+    store_number(out.visits, (t0.b, t0.h, i, i * 0), i32(at.last) - first)
     count = i32(at.last) - i32(at.first)
-    store_number(out["visits"], (t0.b, t0.h, i, i * 0 + 1), count)
+    store_number(out.visits, (t0.b, t0.h, i, i * 0 + 1), count)
 
 
 def cols_kernel(
     ops: Operands,
     saved: Saved,
-    carry: Any,
+    carry: Ref,
     ones: Triangles,
-    *refs: Any,
+    *refs: Tree,
     call: Call,
     program: Program,
     plan: Plan,
 ) -> None:
     """For one key block of one key head: dk and dv."""
+    out: Cols
     *_, out = refs
     x0 = key_tile(ops.sight, call, plan, saved.start, program)
     at, sums = query_runs(x0), Sums.of(call, ones, flip=True)
@@ -139,12 +148,12 @@ def cols_kernel(
     mul, ratio = call.scale * LOG2E, plan.forward.block_q // plan.cols.block_q
     j = x0.k0 // i32(x0.bk)
 
-    def of_head(h: Any, state: Any) -> Any:
+    def of_head(h: Index, state: ColState) -> ColState:
         t0 = replace(x0, h=h)
         slope, lead = Slope.of(ops.slopes, t0.b, h), _local(t0, saved.start, call)
         start, stop = _visitors(saved.first, t0, j, ratio)
 
-        def step(i: Any, edge: bool, state: Any) -> Any:
+        def step(i: Index, edge: bool, state: ColState) -> ColState:
             dk, dv = state
             t = at_queries(t0, i, 0, edge)
             q, do, delta = t.rows(ops.q), t.rows(saved.do), t.stat(saved.delta)
@@ -186,9 +195,9 @@ def cols_kernel(
         seen = jnp.maximum(
             jnp.minimum(i32(at.last), stop) - jnp.maximum(i32(at.first), start), 0
         )
-        store_number(out["visits"], (t0.b, h, j, j * 0), seen)
+        store_number(out.visits, (t0.b, h, j, j * 0), seen)
         count = i32(at.last) - i32(at.first)
-        store_number(out["visits"], (t0.b, h, j, j * 0 + 1), count)
+        store_number(out.visits, (t0.b, h, j, j * 0 + 1), count)
         return state
 
     state = zeros(x0.bk, ops.k), zeros(x0.bk, ops.v)
@@ -196,9 +205,9 @@ def cols_kernel(
         dk, dv = of_head(x0.h, state)
     else:
         dk, dv = lax.fori_loop(x0.h, x0.h + call.G, of_head, state)
-    x0.put_keys(out["dk"], x0.keep_keys(dk * call.scale))
+    x0.put_keys(out.dk, x0.keep_keys(dk * call.scale))
     dv = dv * rescale(call) if call.dropout else dv
-    x0.put_keys(out["dv"], x0.keep_keys(dv))
+    x0.put_keys(out.dv, x0.keep_keys(dv))
 
 
 def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
@@ -206,13 +215,13 @@ def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
 
 
 def _reference(t: Tile, saved: Saved, base: jax.Array) -> Reference | None:
-    if saved.right is None:
+    if saved.right is None or saved.right_low is None or saved.inside is None:
         return None
     right = t.stat(saved.right), t.stat(saved.right_low)
     return Reference(base, t.stat(saved.inside), right)
 
 
-def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:
+def _visitors(first: Ref, t: Tile, j: Index, ratio: int) -> Range:
     """The query blocks start..stop that may have visited key block j."""
     size = first.shape[-1]
     i = jnp.arange(max(2, 1 << (size - 1).bit_length()), dtype=i32)
@@ -222,7 +231,7 @@ def _visitors(first: Any, t: Tile, j: Any, ratio: int) -> tuple[Any, Any]:
     return start * ratio, stop * ratio
 
 
-def _local(t: Tile, start: Any, call: Call) -> tuple[Any, Any]:
+def _local(t: Tile, start: Ref | None, call: Call) -> tuple[Index, Index]:
     """Batch entry and query head, counted from the group's first."""
     if start is None:
         return t.b, t.h

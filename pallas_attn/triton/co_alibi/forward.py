@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,15 @@ from jax import lax
 
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E, lowest
-from pallas_attn.tiled.block_ranges import covers
+from pallas_attn.tiled.block_ranges import covers, Runs
 from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import schedule
-from pallas_attn.triton.co_alibi.operands import Operands
+from pallas_attn.triton.co_alibi.operands import Forward, Operands
 from pallas_attn.triton.co_alibi.plan import Plan, query_tile
 from pallas_attn.triton.co_alibi.scan import (
     add,
     exact,
+    Exactly,
     gates,
     Reference,
     Slope,
@@ -31,6 +32,7 @@ from pallas_attn.triton.programs import key_runs
 from pallas_attn.triton.ptx import exp2, uniform
 from pallas_attn.triton.scores import dots, squared_norm
 from pallas_attn.triton.tile import at_keys, store_number, Tile, zeros
+from pallas_attn.types import Index, Ref
 
 
 f32 = jnp.float32
@@ -44,12 +46,19 @@ EVERY = 0.9
 # How far a reference may be lifted at once: it costs so many bits of small weights.
 LIFT = 8.0
 
+# Of the keys so far: (acc, u, l, z), see `forward_kernel`.
+Past = tuple[jax.Array, jax.Array | Reference, jax.Array, Exactly]
+# One more block: (how many there were, state) -> state.
+More = Callable[[Index, Past], Past]
+# How many blocks are left, how many to go before the bound is asked again; the state.
+Chunk = tuple[jax.Array, jax.Array, Past]
+
 
 def forward_kernel(
     ops: Operands,
-    norms: Any,
+    norms: Ref,
     ones: Triangles,
-    out: dict[str, Any],
+    out: Forward,
     *,
     call: Call,
     program: Program,
@@ -67,39 +76,38 @@ def forward_kernel(
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
     q, sums, mul = t0.rows(ops.q), Sums.of(call, ones, flip=False), call.scale * LOG2E
 
-    def step(t: Tile, state: Any, online: bool) -> Any:
+    def step(t: Tile, state: Past, online: bool) -> Past:
         acc, u, l, z = state
         k, v = t.keys(ops.k), t.keys(ops.v)
         (s, _), visible = dots(t, q, k, [], []), t.visible
         g = gates(t, s, visible)
         log2, inside = slope.log2, sums.suffix(g)
         beside = log2 * inside
-        base = None if exact(call) else u + slope.falls * z[0]
-        if base is None:
+        if isinstance(u, Reference):
             u, gain = u.moved(t, slope, s, inside, z, visible)
             old = exp2(call, -gain)
             acc, l = acc * old[:, None], l * old
             x = u.exponents(t, slope, s, inside, z)
             p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
-        elif online:
-            x = s * mul - beside
-            x = x if visible is None else jnp.where(visible, x, -jnp.inf)
-            new = jnp.maximum(base, jnp.max(x, 1))
-            old = exp2(call, base - new)
-            acc, l = acc * old[:, None], l * old
-            u = jnp.where(new > base, new - slope.falls * z[0], u)
-            p = exp2(call, x - new[:, None])
         else:
-            x = (s * mul - base[:, None]) - beside
-            p = exp2(call, x if visible is None else jnp.where(visible, x, -jnp.inf))
+            base = u + slope.falls * z[0]
+            x = s * mul - beside if online else (s * mul - base[:, None]) - beside
+            x = x if visible is None else jnp.where(visible, x, -jnp.inf)
+            if online:
+                new = jnp.maximum(base, jnp.max(x, 1))
+                old = exp2(call, base - new)
+                acc, l = acc * old[:, None], l * old
+                u = jnp.where(new > base, new - slope.falls * z[0], u)
+                x = x - new[:, None]
+            p = exp2(call, x)
         total = sums.total(g)
         drop = drop_on(t)
         kept = p if drop is None else drop(p)
         acc = acc + t.dot(kept.astype(v.dtype), t.seen_keys(visible, v))
-        u = u if exact(call) else u + slope.grows * total[0]
+        u = u if isinstance(u, Reference) else u + slope.grows * total[0]
         return acc, u, l + jnp.sum(p, 1), add(z, total)
 
-    def leftwards(end: Any, edge: bool, online: bool) -> Any:
+    def leftwards(end: Index, edge: bool, online: bool) -> More:
         return lambda n, state: step(at_keys(t0, end - 1 - n, 0, edge), state, online)
 
     zero, veiled = jnp.zeros((t0.bq,), f32), ops.sight.veiled
@@ -121,23 +129,23 @@ def forward_kernel(
     if call.dropout:
         acc = acc * rescale(call)
     dead = l == 0
-    t0.put_rows(out["o"], acc / jnp.where(dead, 1.0, l)[:, None])
-    if exact(call):
+    t0.put_rows(out.o, acc / jnp.where(dead, 1.0, l)[:, None])
+    if isinstance(u, Reference):
         _put_reference(t0, out, slope, u, l)
     else:
         u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
-        t0.put_stat(out["base"], u)
-        t0.put_stat(out["lse"], u - slope.grows * z[0])
-    t0.put_stat(out["gates"], z[0])
-    t0.put_stat(out["gates_low"], z[1])
+        t0.put_stat(out.base, u)
+        t0.put_stat(out.lse, u - slope.grows * z[0])
+    t0.put_stat(out.gates, z[0])
+    t0.put_stat(out.gates_low, z[1])
     i = t0.q0 // i32(t0.bq)
-    store_number(out["first"], (t0.b, t0.h, i), first)
-    store_number(out["visits"], (t0.b, t0.h, i, i * 0), i32(at.last) - first)
+    store_number(out.first, (t0.b, t0.h, i), first)
+    store_number(out.visits, (t0.b, t0.h, i, i * 0), i32(at.last) - first)
     count = i32(at.last) - i32(at.first)
-    store_number(out["visits"], (t0.b, t0.h, i, i * 0 + 1), count)
+    store_number(out.visits, (t0.b, t0.h, i, i * 0 + 1), count)
 
 
-def _low(call: Call, zero: jax.Array) -> Any:
+def _low(call: Call, zero: jax.Array) -> jax.Array | Reference:
     """What weights count from before any key is seen."""
     if exact(call):
         return Reference(zero + lowest(call.scale), zero, (zero, zero))
@@ -145,17 +153,21 @@ def _low(call: Call, zero: jax.Array) -> Any:
 
 
 def _put_reference(
-    t: Tile, out: dict[str, Any], slope: Slope, u: Reference, l: jax.Array
+    t: Tile, out: Forward, slope: Slope, u: Reference, l: jax.Array
 ) -> None:
     """Store each row's reference, and the sum of the weights that count from it."""
+    assert out.inside is not None
+    assert out.right is not None
+    assert out.right_low is not None
+    assert out.log_sum is not None
     dead = l == 0
     log_sum, exponent = jnp.log2(l), u.exponent(slope, t.call.scale * LOG2E)
-    t.put_stat(out["base"], jnp.where(dead, jnp.inf, u.score))
-    t.put_stat(out["inside"], u.inside)
-    t.put_stat(out["right"], u.right[0])
-    t.put_stat(out["right_low"], u.right[1])
-    t.put_stat(out["log_sum"], jnp.where(dead, 0.0, log_sum))
-    t.put_stat(out["lse"], jnp.where(dead, jnp.inf, exponent + log_sum))
+    t.put_stat(out.base, jnp.where(dead, jnp.inf, u.score))
+    t.put_stat(out.inside, u.inside)
+    t.put_stat(out.right, u.right[0])
+    t.put_stat(out.right_low, u.right[1])
+    t.put_stat(out.log_sum, jnp.where(dead, 0.0, log_sum))
+    t.put_stat(out.lse, jnp.where(dead, jnp.inf, exponent + log_sum))
 
 
 class Limit:
@@ -180,10 +192,10 @@ class Limit:
         self,
         t: Tile,
         ops: Operands,
-        norms: Any,
+        norms: Ref,
         q: jax.Array,
         slope: Slope,
-        at: Any,
+        at: Runs,
         columns: bool,
     ) -> None:
         """For the queries of t; norms [B, K, grains], NaN where not finite."""
@@ -204,7 +216,7 @@ class Limit:
         # Exponents that weights may take before they are rounded for the product.
         self.room = 15.0 if call.dtype == "float16" else 100.0
 
-    def bound(self, left: Any, state: Any) -> tuple[jax.Array, jax.Array]:
+    def bound(self, left: jax.Array, state: Past) -> tuple[jax.Array, jax.Array]:
         """(log2 bound on a weight to come, excess of what is left), [queries]."""
         _, u, l, z = state
         m = self.slope.falls
@@ -212,7 +224,7 @@ class Limit:
         reach = self.reach * norm
         top = jnp.where(self.slope.m >= 0, reach - m * z[0], jnp.inf)
         tail = jnp.log2(1 + jnp.exp2(-reach)) - jnp.log2(jnp.maximum(m / LOG2E, 1e-30))
-        if exact(self.call):
+        if isinstance(u, Reference):
             u = u.exponent(self.slope, self.call.scale * LOG2E)
         one = jnp.where(self.inside, top + BITS - (u + jnp.log2(l)), -1e30)
         one = jnp.where(one < 1e30, one, 1e30)  # NaN too, which a maximum would drop
@@ -224,7 +236,7 @@ class Limit:
             excess = jnp.maximum(excess, column + self.blocks)
         return top, excess
 
-    def ahead(self, left: Any, excess: jax.Array, rate: jax.Array) -> jax.Array:
+    def ahead(self, left: jax.Array, excess: jax.Array, rate: jax.Array) -> jax.Array:
         """How many blocks to go before asking again; 0 where the rest is nothing.
 
         rate: the gates that a row of a block adds, on average.
@@ -239,16 +251,20 @@ class Limit:
 
 
 def bounded(
-    limit: Limit, whole: Any, veiled: bool, leftwards: Any, state: Any
-) -> tuple[Any, Any]:
+    limit: Limit,
+    whole: jax.Array,
+    veiled: bool,
+    leftwards: Callable[[Index, bool, bool], More],
+    state: Past,
+) -> tuple[jax.Array, Past]:
     """The middle blocks in pipelined chunks, the bound asked between them.
 
     Returns how many blocks at the left were not visited, and the state.
     """
 
-    def chunk(carry: Any) -> Any:
+    def chunk(carry: Chunk) -> Chunk:
         left, n, (acc, u, l, z) = carry
-        if exact(limit.call):
+        if isinstance(u, Reference):
             end, state = limit.lo + left, carry[2]
             new = lax.fori_loop(i32(0), n, leftwards(end, veiled, True), state)
             return after(left, n, z, new)
@@ -265,7 +281,7 @@ def bounded(
         state = lax.fori_loop(fast, n, leftwards(end, veiled, True), state)
         return after(left, n, z, state)
 
-    def after(left: Any, n: Any, z: Any, state: Any) -> Any:
+    def after(left: jax.Array, n: jax.Array, z: Exactly, state: Past) -> Chunk:
         rate = jnp.sum(state[3][0] - z[0]) / (limit.bq * n.astype(f32))
         left = left - n
         _, excess = limit.bound(left, state)

@@ -22,6 +22,57 @@ class Operands:
     sight: Sight
 
 
+# What passes make. The order of fields, which is the alphabet's, is that of a kernel's
+# outputs.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What the forward pass makes; see `Residuals`."""
+
+    base: Float[Array, "B N T"]
+    first: Int[Array, "B N query_blocks"]
+    gates: Float[Array, "B N T"]
+    gates_low: Float[Array, "B N T"]
+    inside: Float[Array, "B N T"] | None = None
+    log_sum: Float[Array, "B N T"] | None = None
+    lse: Float[Array, "B N T"]
+    o: Float[Array, "B T N h"]
+    right: Float[Array, "B N T"] | None = None
+    right_low: Float[Array, "B N T"] | None = None
+    visits: Int[Array, "B N query_blocks 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the pass over rows makes; dm: of each row the slope's gradient."""
+
+    dm: Float[Array, "B N T"]
+    dq: Float[Array, "B T N H"]
+    visits: Int[Array, "B N query_blocks 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Cols:
+    """What the pass over columns makes."""
+
+    dk: Float[Array, "B S K H"]
+    dv: Float[Array, "B S K h"]
+    visits: Int[Array, "B N key_blocks 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What both make."""
+
+    cols: Cols
+    rows: Rows
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Residuals:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_attn.bias.running_sums import two_sum
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E
 from pallas_attn.triton.ptx import sigmoid
 from pallas_attn.triton.tile import load_all, load_number, plain_dot, Tile
+from pallas_attn.types import Index, Ref
 
 
 f32 = jnp.float32
@@ -35,8 +36,10 @@ class Triangles:
     computed in the kernel would be written to shared memory in every iteration.
     """
 
-    suffix: Any = None  # float16: gates lie in [0, 1]
-    prefix: Any = None  # in the operands' dtype: dT has any scale
+    # float16: gates lie in [0, 1]
+    suffix: Float[Array, "block_k block_k"] | None = None
+    # in the operands' dtype: dT has any scale
+    prefix: Float[Array, "block_k block_k"] | None = None
 
 
 def triangles(call: Call, block_k: int, flip: bool) -> Triangles:
@@ -49,18 +52,20 @@ def triangles(call: Call, block_k: int, flip: bool) -> Triangles:
 
 
 # A sum and its rounding error: what one pass takes off block by block is what another
-# has put on, however large the sum was. None: of what was summed, nothing is known.
-Exactly = tuple[jax.Array, Any]
+# has put on, however large the sum was.
+Exactly = tuple[jax.Array, jax.Array]
+# The same; None: of what was summed, nothing is known.
+Summed = tuple[jax.Array, jax.Array | None]
 
 
-def add(z: Exactly, x: Exactly) -> Exactly:
+def add(z: Exactly, x: Summed) -> Exactly:
     """The sum of both; what rounding takes from it is kept beside it."""
     total, lost = two_sum(z[0], x[0])
     low = z[1] + lost
     return total, low if x[1] is None else low + x[1]
 
 
-def negative(x: Exactly) -> Exactly:
+def negative(x: Summed) -> Summed:
     """Minus a sum."""
     return jax.tree.map(jnp.negative, x)
 
@@ -90,7 +95,7 @@ class Sums:
             return coarse + fine
         return self._product(g, self.ones.suffix)
 
-    def total(self, g: jax.Array) -> Exactly:
+    def total(self, g: jax.Array) -> Summed:
         """The sum of a row's gates."""
         if self.ones.suffix is None:
             coarse, fine = self._pieces(g)
@@ -147,7 +152,7 @@ class Slope:
     grows: jax.Array  # min(m, 0) log2 e
 
     @classmethod
-    def of(cls, ref: Any, b: Any, h: Any) -> Slope:
+    def of(cls, ref: Ref, b: Index, h: Index) -> Slope:
         """From slopes [#B, #N]."""
         shared_b, shared_h = (i32(n > 1) for n in ref.shape)
         m = load_number(ref, (b * shared_b, h * shared_h)).astype(f32)

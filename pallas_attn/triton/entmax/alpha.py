@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 
 from pallas_attn.normalizers.entmax import Learned
@@ -18,17 +17,21 @@ from pallas_attn.triton.programs import query_tile
 from pallas_attn.triton.scores import row_scores
 from pallas_attn.triton.terms import hold
 from pallas_attn.triton.tile import Tile
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
+
+# Of each row, the sums of the gradient, of u (dP - delta) and of p h.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def alpha_kernel(
     ops: Operands,
     cot: Cotangents,
-    expected: Any,
+    expected: Ref | None,
     support: Support,
-    out: Any,
+    out: Ref,
     *,
     call: SparseCall,
     program: Program,
@@ -48,7 +51,7 @@ def alpha_kernel(
     power = stats.power
     assert isinstance(power, Learned)
 
-    def add(t: Tile, sums: Any) -> Any:
+    def add(t: Tile, sums: Sums) -> Sums:
         total, by_u, by_h = sums
         x, row, visible = row_scores(t, q, qs, ops.k, ops.added, held)
         v = t.seen_keys(visible, t.keys(ops.v))

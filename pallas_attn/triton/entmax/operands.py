@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_attn.normalizers.entmax import Learned, Power
 from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.triton.entmax.call import SparseCall
-from pallas_attn.triton.entmax.lists.passes import Lists
+from pallas_attn.triton.entmax.lists.operands import Lists
 from pallas_attn.triton.entmax.power import power_of
 from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Scalar

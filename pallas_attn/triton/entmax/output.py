@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.normalizers.entmax import left_by, steps, TINY
 from pallas_attn.tiled.operands import Operands
@@ -16,10 +18,13 @@ from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.support import mark, Support
 from pallas_attn.triton.entmax.sweep import sweep_of
+from pallas_attn.triton.entmax.threshold import Found
 from pallas_attn.triton.launch import Program
-from pallas_attn.triton.programs import query_tile, report
+from pallas_attn.triton.programs import query_tile, report, Visits
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.tile import store_row, Tile, zeros
+from pallas_attn.triton.visitor import Step
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
@@ -32,12 +37,51 @@ SLOPE = 1024
 # More sweeps than any row has needed.
 MOST_SWEEPS = 20
 
+# Of each row sum p, sum u, sum p v and sum u v.
+Means = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# The same, and the bits of all.
+Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What the second pass makes.
+
+    bits: as `Found` has them; None: the first pass found them.
+    level, u, o2, visits: as `Dense` has them.
+    """
+
+    bits: Int[Array, "B N query_blocks words"] | None = None
+    level: Float[Array, "B N T"]
+    o: Float[Array, "B T N h"]
+    o2: Float[Array, "B T N h"]
+    u: Float[Array, "B N T"]
+    visits: Int[Array, "B N query_blocks 2"]
+
+
+class Search(NamedTuple):
+    """What one sweep hands to the next.
+
+    level, step: of the threshold that it was at, and how far to lower that.
+    sums: without the bits, which are of the first sweep.
+    n: how many sweeps there were; more: 1 if there shall be another.
+    """
+
+    level: jax.Array
+    step: jax.Array
+    sums: Means
+    bits: jax.Array
+    visits: Visits
+    n: jax.Array
+    more: jax.Array
+
 
 def output_kernel(
     ops: Operands,
-    alpha: Any,
-    found: dict[str, Any],
-    out: dict[str, Any],
+    alpha: Ref | None,
+    found: Found,
+    out: Output,
     *,
     call: SparseCall,
     program: Program,
@@ -60,10 +104,10 @@ def output_kernel(
     t0 = query_tile(ops.sight, call, plan, "forward", program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
-    m, r = t0.stat(found["m"], jnp.inf), t0.stat(found["r"])
+    m, r = t0.stat(found.m, jnp.inf), t0.stat(found.r)
     exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
 
-    def add(level: jax.Array, t: Tile, state: Any) -> Any:
+    def add(level: jax.Array, t: Tile, state: Sums) -> Sums:
         p_sum, u_sum, p_v, u_v, bits = state
         x, row, visible = sweep.scores(t)
         p, u = power.weights(x, (m - row)[:, None], level[:, None], call.scale)
@@ -82,11 +126,12 @@ def output_kernel(
     bits = jnp.zeros((max(2, words),), i32)
     blank = (nothing, nothing, empty, empty, bits)
 
-    def over_blocks(level: jax.Array) -> Any:
-        step = lambda t, s: add(level, t, s)
+    def over_blocks(level: jax.Array) -> tuple[Sums, Visits]:
+        step: Step[Sums] = lambda t, s: add(level, t, s)
         if words:
             return sweep.far_loop(step, sweep.near_loop(step, blank)), sweep.visits
-        marked = Support(found["bits"])
+        assert found.bits is not None
+        marked = Support(found.bits)
         return marked.over_keys(t0, ops, sweep.held, None, plan, step, blank)
 
     def remaining(p: jax.Array, u: jax.Array) -> jax.Array:
@@ -96,7 +141,7 @@ def output_kernel(
         # o2 and sum u are of the threshold before the step
         return jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
 
-    def again(state: Any) -> Any:
+    def again(state: Search) -> Search:
         level, step, _, bits, _, n, _ = state
         level = power.lowered(level, step)
         sums, visits = over_blocks(level)
@@ -106,21 +151,21 @@ def output_kernel(
         more = (jnp.max(left) > tolerance) & (n + 1 < MOST_SWEEPS)
         bits = jnp.where(n == 0, sums[4], bits)
         more = uniform(call, more.astype(i32))
-        return level, step, sums[:4], bits, visits, n + 1, more
+        return Search(level, step, sums[:4], bits, visits, n + 1, more)
 
-    level, none = t0.stat(found["level"]), i32(0)
-    state = (level, nothing, blank[:4], bits, (none, none), none, i32(1))
-    state = lax.while_loop(lambda s: s[6] > 0, again, state)
+    level, none = t0.stat(found.level), i32(0)
+    state = Search(level, nothing, blank[:4], bits, (none, none), none, i32(1))
+    state = lax.while_loop(lambda s: s.more > 0, again, state)
     level, step, (p, u, p_v, u_v), bits, visits, _, _ = state
     u = jnp.maximum(u, TINY)
     if call.dropout:
         p_v, u_v = p_v * rescale(call), u_v * rescale(call)
     first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
-    t0.put_rows(out["o"], p_v - first_order[:, None] * u_v)
-    t0.put_rows(out["o2"], u_v / u[:, None], noted=True)
-    t0.put_stat(out["u"], u)
-    t0.put_stat(out["level"], power.lowered(level, step))
+    t0.put_rows(out.o, p_v - first_order[:, None] * u_v)
+    t0.put_rows(out.o2, u_v / u[:, None], noted=True)
+    t0.put_stat(out.u, u)
+    t0.put_stat(out.level, power.lowered(level, step))
     i = t0.q0 // i32(t0.bq)
-    if words:
-        store_row(out["bits"], (t0.b, t0.h, i), bits)
-    report(out["visits"], t0, i, visits)
+    if out.bits is not None:
+        store_row(out.bits, (t0.b, t0.h, i), bits)
+    report(out.visits, t0, i, visits)

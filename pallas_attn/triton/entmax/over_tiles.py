@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
@@ -22,13 +20,14 @@ from pallas_attn.triton.entmax.alpha import alpha_kernel
 from pallas_attn.triton.entmax.blocks import with_wide_keys
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.operands import Cotangents, Dense, Residuals
-from pallas_attn.triton.entmax.output import output_kernel
+from pallas_attn.triton.entmax.output import Output, output_kernel
 from pallas_attn.triton.entmax.power import fuses
 from pallas_attn.triton.entmax.support import by_key, Support, words_of
-from pallas_attn.triton.entmax.threshold import slots_kernel
+from pallas_attn.triton.entmax.threshold import Found, slots_kernel
 from pallas_attn.triton.launch import launch
 from pallas_attn.triton.preprocess import delta_kernel
 from pallas_attn.triton.programs import grid_of
+from pallas_attn.types import outline
 
 
 f32 = jnp.float32
@@ -40,14 +39,14 @@ CORNERS = 1 / 8  # at alpha = 2, where that is a bound which few rows come near 
 
 
 def forward(
-    ops: Operands, alpha: Any, call: SparseCall, p: Plan
+    ops: Operands, alpha: Array | None, call: SparseCall, p: Plan
 ) -> tuple[Array, Dense]:
     """The output, and what the backward passes need."""
     first = _slots(ops, alpha, call, p)
     out = _output(ops, alpha, first, call, p)
-    bits = first["bits"] if p.pruned else out["bits"]
-    saved = {name: out[name] for name in ("level", "u", "o2", "visits")}
-    return out["o"], Dense(m=first["m"], bits=bits, **saved)
+    bits = first.bits if p.pruned else out.bits
+    assert bits is not None
+    return out.o, Dense(first.m, out.level, out.u, out.o2, bits, out.visits)
 
 
 def backward(
@@ -89,7 +88,7 @@ def backward(
         alpha_kernel,
         grid_of(call, p, "rows").shape,
         (res.ops, cot, expected, support),
-        jax.ShapeDtypeStruct(saved.m.shape, f32),
+        outline(saved.m.shape, f32),
         call,
         block_of(call, p, "rows"),
         plan=p,
@@ -101,15 +100,14 @@ def backward(
     return grads, rows
 
 
-def _slots(ops: Operands, alpha: Any, call: SparseCall, p: Plan) -> dict[str, Array]:
+def _slots(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Found:
     """What the first pass finds; with the bits, where it looks at few blocks."""
     words = _words(call) if p.pruned else 0
     call = call if words else with_wide_keys(call)
     grid = grid_of(call, p, "forward")
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
-    outputs = {"m": rows, "level": rows, "r": rows}
-    if words:
-        outputs["bits"] = _bits(call, grid.blocks, words)
+    rows = outline((call.B, call.N, call.T), f32)
+    bits = _bits(call, grid.blocks, words) if words else None
+    outputs = Found(bits=bits, level=rows, m=rows, r=rows)
     return launch_watched(
         slots_kernel,
         grid.shape,
@@ -123,20 +121,19 @@ def _slots(ops: Operands, alpha: Any, call: SparseCall, p: Plan) -> dict[str, Ar
 
 
 def _output(
-    ops: Operands, alpha: Any, found: Any, call: SparseCall, p: Plan
-) -> dict[str, Array]:
+    ops: Operands, alpha: Array | None, found: Found, call: SparseCall, p: Plan
+) -> Output:
     grid, words = grid_of(call, p, "forward"), 0 if p.pruned else _words(call)
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     o = (call.B, call.T, call.N, call.h)
-    outputs = {
-        "o": jax.ShapeDtypeStruct(o, ops.q.dtype),
-        "o2": jax.ShapeDtypeStruct(o, f32),
-        "u": rows,
-        "level": rows,
-        "visits": jax.ShapeDtypeStruct((call.B, call.N, grid.blocks, 2), i32),
-    }
-    if words:
-        outputs["bits"] = _bits(call, grid.blocks, words)
+    outputs = Output(
+        bits=_bits(call, grid.blocks, words) if words else None,
+        level=rows,
+        o=outline(o, ops.q.dtype),
+        o2=outline(o, f32),
+        u=rows,
+        visits=outline((call.B, call.N, grid.blocks, 2), i32),
+    )
     share = CORNERS if call.alpha == 2 else TOLERANCE
     return launch_watched(
         output_kernel,
@@ -157,16 +154,20 @@ def _words(call: SparseCall) -> int:
     return words_of(pl.cdiv(call.S, block.block_k))
 
 
-def _bits(call: SparseCall, blocks: int, words: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((call.B, call.N, blocks, words), i32)
+def _bits(call: SparseCall, blocks: int, words: int) -> Array:
+    return outline((call.B, call.N, blocks, words), i32)
 
 
 def _delta(
-    res: Residuals, saved: Dense, do: Array, share_of_u: Any, call: SparseCall
+    res: Residuals,
+    saved: Dense,
+    do: Array,
+    share_of_u: Array | None,
+    call: SparseCall,
 ) -> Array:
     """The delta <do, o2> less what the residual's cotangent adds; 0 in empty rows."""
     grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    rows = jax.ShapeDtypeStruct((call.B, call.N, call.T), f32)
+    rows = outline((call.B, call.N, call.T), f32)
     inputs = (saved.o2, do, saved.m, share_of_u, res.ops.sight)
-    outputs = (rows, jax.ShapeDtypeStruct(grid, f32))
+    outputs = (rows, outline(grid, f32))
     return launch(delta_kernel, grid, inputs, outputs, call, passes.PRE_PASS)[0]

@@ -21,13 +21,14 @@ from pallas_attn.tiled.autodiff import (
     operands,
     reduced,
 )
-from pallas_attn.tiled.operands import Cols, Operands, Rows, Wanted
+from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.tiled.plan import Plan, plan
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.entmax import over_tiles
 from pallas_attn.triton.entmax.blocks import settled
 from pallas_attn.triton.entmax.call import sparse, SparseCall
 from pallas_attn.triton.entmax.lists import passes as over_lists
+from pallas_attn.triton.entmax.lists.operands import Lists
 from pallas_attn.triton.entmax.operands import Dense, Residuals
 from pallas_attn.types import Scalar
 
@@ -88,7 +89,7 @@ def _may_list(call: SparseCall, p: Plan) -> bool:
 
 
 def _taken(
-    ops: Operands, alpha: Alpha, found: over_lists.Lists, call: SparseCall, p: Plan
+    ops: Operands, alpha: Alpha, found: Lists, call: SparseCall, p: Plan
 ) -> tuple[Array, Array, Array, Dense | None]:
     """(output, m, level, what tiles leave) by lists; by tiles if they do not fit."""
 
@@ -135,9 +136,8 @@ def backward(
             p,
             wants_alpha=res.wants_alpha,
         )
-        rows, cols = Rows(**made["rows"]), Cols(**made["cols"])
-        every = Made(rows, cols, made["pairs"], total)
-        return collected(res, every, p, call), made.get("alpha")
+        every = Made(made.rows, made.cols, made.pairs, total)
+        return collected(res, every, p, call), made.alpha
 
     if res.lists is None:
         grads, by_alpha = by_tiles()

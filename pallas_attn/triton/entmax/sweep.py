@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +10,20 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.normalizers.entmax import Learned, Power
 from pallas_attn.normalizers.softmax import LOG2E
+from pallas_attn.tiled.fields import Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
 from pallas_attn.triton.programs import keys_of, Visits
-from pallas_attn.triton.pruning import largest_scores, visits
+from pallas_attn.triton.pruning import Grains, largest_scores, visits
 from pallas_attn.triton.scores import reach_of, row_scores
 from pallas_attn.triton.terms import hold
 from pallas_attn.triton.tile import at_keys, Tile
+from pallas_attn.triton.visitor import Step
+from pallas_attn.types import State
 
 
 i32 = jnp.int32
-
-Body = Callable[[Tile, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Sweep:
 
     t0: Tile
     ops: Operands
-    held: Any
+    held: Values
     q: jax.Array
     qs: list[jax.Array]
     near: schedule.Walk
@@ -55,18 +54,23 @@ class Sweep:
         return x + jnp.where(row < jnp.inf, row, 0.0)[:, None]
 
     def above(
-        self, m: jax.Array, level: jax.Array, grains: Any, power: Power | Learned
+        self,
+        m: jax.Array,
+        level: jax.Array,
+        grains: Grains | None,
+        power: Power | Learned,
     ) -> Sweep:
         """Without the far blocks whose bound is below every row's threshold.
 
         m, level: [bq], of the threshold, which may be any lower bound.
         """
+        assert grains is not None
         t0 = self.t0
         least = m * (t0.call.scale * LOG2E) - power.reach(level) * LOG2E
         floor = -schedule.above(-jnp.min(jnp.where(t0.inside_rows(), least, jnp.inf)))
         reach = reach_of(t0.call, self.q, self.qs)
 
-        def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
+        def weight(j: jax.Array, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
             most = largest_scores(t0, self.ops, self.held, grains, reach, j, ok)
             worth = jnp.where(most < floor, jnp.full_like(most, -jnp.inf), jnp.inf)
             return worth, jnp.zeros_like(most)
@@ -75,13 +79,13 @@ class Sweep:
         far = schedule.holes(t0.call, self.near.sides, blocks, t0.bk, weight)
         return replace(self, far=far)
 
-    def near_loop(self, body: Body, state: Any) -> Any:
+    def near_loop(self, body: Step[State], state: State) -> State:
         """Run body(tile, state) over the near blocks."""
         return self.near.near_loop(
             lambda j, side, s: body(at_keys(self.t0, j, side, edge=True), s), state
         )
 
-    def far_loop(self, body: Body, state: Any) -> Any:
+    def far_loop(self, body: Step[State], state: State) -> State:
         """Run body(tile, state) over the far blocks."""
         edge = self.t0.sight.veiled
         return self.far.loop(

@@ -9,11 +9,14 @@ hold its support.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.normalizers.entmax import curvature, Learned, newton, Power
 from pallas_attn.normalizers.softmax import lowest
@@ -25,12 +28,37 @@ from pallas_attn.triton.entmax.support import mark
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import query_tile
+from pallas_attn.triton.pruning import Grains
 from pallas_attn.triton.ptx import larger
 from pallas_attn.triton.tile import store_row, Tile
+from pallas_attn.types import Ref
 
 
 f32 = jnp.float32
 i32 = jnp.int32
+
+# Of each slot of a row the largest score and the second.
+Tops = tuple[jax.Array, jax.Array]
+
+# Of one score, an array, or a tuple of such.
+Parts = TypeVar("Parts")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the first pass finds.
+
+    bits: of every query block a bit for each key block with weight; None: it does not
+        look for them.
+    m: the largest score of a row, units of q.k; +inf for empty rows.
+    level: of the slots' threshold; r: F F'' / F'^2 there.
+    """
+
+    bits: Int[Array, "B N query_blocks words"] | None = None
+    level: Float[Array, "B N T"]
+    m: Float[Array, "B N T"]
+    r: Float[Array, "B N T"]
 
 
 class Slots(NamedTuple):
@@ -42,14 +70,14 @@ class Slots(NamedTuple):
 
     sweep: Sweep
     m: jax.Array
-    tops: tuple[jax.Array, jax.Array]
+    tops: Tops
 
 
 def slots_kernel(
     ops: Operands,
-    alpha: Any,
-    grains: Any,
-    out: dict[str, Any],
+    alpha: Ref | None,
+    grains: Grains | None,
+    out: Found,
     *,
     call: SparseCall,
     program: Program,
@@ -65,16 +93,20 @@ def slots_kernel(
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, r = slot_level(slots, power, call.scale)
-    t0.put_stat(out["m"], slots.m)
-    t0.put_stat(out["level"], level)
-    t0.put_stat(out["r"], r)
-    if words:
+    t0.put_stat(out.m, slots.m)
+    t0.put_stat(out.level, level)
+    t0.put_stat(out.r, r)
+    if out.bits is not None:
         bits = above_threshold(slots, level, grains, power, words)
-        store_row(out["bits"], (t0.b, t0.h, t0.q0 // i32(t0.bq)), bits)
+        store_row(out.bits, (t0.b, t0.h, t0.q0 // i32(t0.bq)), bits)
 
 
 def above_threshold(
-    slots: Slots, level: jax.Array, grains: Any, power: Power | Learned, words: int
+    slots: Slots,
+    level: jax.Array,
+    grains: Grains | None,
+    power: Power | Learned,
+    words: int,
 ) -> jax.Array:
     """The bits of the key blocks that hold a score above the threshold of its row."""
     m, sweep = slots.m, slots.sweep.above(slots.m, level, grains, power)
@@ -90,7 +122,11 @@ def above_threshold(
 
 
 def fill(
-    t0: Tile, ops: Operands, grains: Any, power: Power | Learned, plan: Plan
+    t0: Tile,
+    ops: Operands,
+    grains: Grains | None,
+    power: Power | Learned,
+    plan: Plan,
 ) -> Slots:
     """Sweep over the keys of a query block, all but those that a bound rules out.
 
@@ -100,7 +136,7 @@ def fill(
     sweep = sweep_of(t0, ops, plan)
     most = jnp.maximum if t0.flag is None else functools.partial(larger, t0.call)
 
-    def keep(t: Tile, tops: Any) -> Any:
+    def keep(t: Tile, tops: Tops) -> Tops:
         x = sweep.whole(t)
         first, second = tops
         return most(first, x), jnp.maximum(second, jnp.minimum(first, x))
@@ -127,11 +163,17 @@ def slot_level(
     """
     m = slots.m[:, None]
 
-    def total(f: Any, level: jax.Array, tops: tuple[jax.Array, ...]) -> Any:
+    def total(
+        f: Callable[[jax.Array, jax.Array, jax.Array, float], Parts],
+        level: jax.Array,
+        tops: tuple[jax.Array, ...],
+    ) -> Parts:
         parts = [f(x, m, level[:, None], scale) for x in tops]
         return jax.tree.map(lambda *each: sum(jnp.sum(x, 1) for x in each), *parts)
 
-    def lowered(level: jax.Array, tops: tuple[jax.Array, ...]) -> Any:
+    def lowered(
+        level: jax.Array, tops: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         p, u = total(power.weights, level, tops)
         return power.lowered(level, newton(power.a, p, u)), p, u
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +23,19 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.lists.blocks import keys_of_word
+from pallas_attn.triton.entmax.lists.operands import Bounds, Candidates, Words
 from pallas_attn.triton.entmax.lists.pairs import row_tile, scatter_listed
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.entmax.threshold import fill, slot_level, Slots
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs, side_of
-from pallas_attn.triton.pruning import largest_scores
+from pallas_attn.triton.pruning import Grains, largest_scores
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.scores import reach_of
 from pallas_attn.triton.tile import at_keys, Tile
+from pallas_attn.triton.visitor import Step
+from pallas_attn.types import Index, Range, Ref, State
 
 
 f32 = jnp.float32
@@ -55,12 +57,19 @@ Scores = Callable[[Tile], jax.Array]
 # (scores of a tile, the tile) -> which pairs are meant
 Take = Callable[[jax.Array, Tile], jax.Array]
 
+# Of each row, two numbers: the ends of a search, or counts.
+Ends = tuple[jax.Array, jax.Array]
+# How often it was tried, and of each row the bound, how many words and keys there are.
+Try = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# The ends of a search of each row, how many keys it has at the first, and the step.
+Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 def list_candidates_kernel(
     ops: Operands,
-    alpha: Any,
-    grains: Any,
-    out: dict[str, Any],
+    alpha: Ref | None,
+    grains: Grains | None,
+    out: Candidates,
     *,
     call: SparseCall,
     program: Program,
@@ -78,28 +87,28 @@ def list_candidates_kernel(
     size = largest_finite(slots.tops) * ROUNDING
     scores = slots.sweep.whole
 
-    def short(state: Any) -> jax.Array:
+    def short(state: Try) -> jax.Array:
         tries, _, _, keys = state
         return (jnp.max(need - keys) > 0) & (tries <= TRIES)
 
-    def collected(state: Any) -> Any:
+    def collected(state: Try) -> Try:
         tries, *_ = state
         wider = lax.shift_left(i32(1), 4 * tries).astype(f32) - 1
         bound = jnp.where(tries < TRIES, first - size * wider, lowest(call.scale))
         bound = jnp.where(need > 0, bound, first)
         within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
         take = lambda x, _: ~(x < bound[:, None])
-        return tries + 1, bound, *collect(t0, scores, take, out, within)
+        return tries + 1, bound, *collect(t0, scores, take, out.lists, within)
 
     nothing = jnp.full_like(need, -1)
     _, bound, words, keys = lax.while_loop(
         short, collected, (i32(0), first, nothing, nothing)
     )
-    t0.put_stat(out["m"], slots.m)
-    t0.put_stat(out["level"], level)
-    t0.put_stat(out["bound"], bound)
-    t0.put_stat(out["count"], stored(t0, words, out))
-    t0.put_stat(out["keys"], jnp.where(t0.inside_rows(), keys, 0))
+    t0.put_stat(out.m, slots.m)
+    t0.put_stat(out.level, level)
+    t0.put_stat(out.bound, bound)
+    t0.put_stat(out.count, stored(t0, words, out.lists))
+    t0.put_stat(out.keys, jnp.where(t0.inside_rows(), keys, 0))
 
 
 def bound_of(
@@ -140,7 +149,7 @@ def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
 
     start = lax.bitcast_convert_type(jnp.minimum(depth, 3e38), i32)
 
-    def half(_: Any, ends: Any) -> Any:
+    def half(_: Index, ends: Ends) -> Ends:
         low, high = ends
         middle = middle_of(low, high)
         enough = count(middle) >= k
@@ -155,9 +164,10 @@ def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
 
 
 def blocks_above(
-    sweep: Sweep, grains: Any, bound: jax.Array
+    sweep: Sweep, grains: Grains | None, bound: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The range of key blocks that may have a score above the least bound of a row."""
+    assert grains is not None
     t0, call = sweep.t0, sweep.t0.call
     size = pl.cdiv(call.S, t0.bk)
     j = jnp.arange(max(2, pl.next_power_of_2(size)), dtype=i32)
@@ -173,8 +183,8 @@ def collect(
     t0: Tile,
     scores: Scores,
     take: Take,
-    out: dict[str, Any],
-    within: Any = None,
+    out: Words,
+    within: Range | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Append to each row's list the words of the blocks that have some, in key order.
 
@@ -189,16 +199,16 @@ def collect(
     bit = i32(1) << (jnp.arange(bk, dtype=i32) % size)
     place = jnp.arange(per, dtype=i32)[None, :]
 
-    def append(t: Tile, state: Any) -> Any:
+    def append(t: Tile, state: Ends) -> Ends:
         count, keys = state
         bits = jnp.where(take(scores(t), t), bit[None, :], 0)
         words = jnp.sum(bits.reshape(bq, per, size), 2, dtype=i32)
         some = jnp.max((words != 0).astype(i32), 1)
         to = count[:, None] + place
         ok = some[:, None] > 0
-        scatter_listed(t0, out["words"], to, words, ok)
+        scatter_listed(t0, out.words, to, words, ok)
         number = jnp.broadcast_to(t.k0 // i32(size) + place, to.shape)
-        scatter_listed(t0, out["numbers"], to, number, ok)
+        scatter_listed(t0, out.numbers, to, number, ok)
         more = jnp.sum(lax.population_count(words), 1, dtype=i32)
         return count + some * per, keys + more
 
@@ -206,16 +216,18 @@ def collect(
     return in_order(t0, key_runs(t0), within, append, (nothing, nothing))
 
 
-def stored(t0: Tile, words: jax.Array, out: dict[str, Any]) -> jax.Array:
+def stored(t0: Tile, words: jax.Array, out: Words) -> jax.Array:
     """How many words of each row there is room for."""
-    words = jnp.minimum(words, out["words"].shape[-1])
+    words = jnp.minimum(words, out.words.shape[-1])
     return jnp.where(t0.inside_rows(), words, 0)
 
 
-def in_order(t0: Tile, runs: Runs, within: Any, body: Any, state: Any) -> Any:
+def in_order(
+    t0: Tile, runs: Runs, within: Range | None, body: Step[State], state: State
+) -> State:
     """Runs body(tile, state) over the key blocks of a range, in storage order."""
 
-    def one(j: Any, masked: bool, state: Any) -> Any:
+    def one(j: Index, masked: bool, state: State) -> State:
         return body(at_keys(t0, j, side_of(t0), masked), state)
 
     return runs.loop(one, state, veiled=t0.sight.veiled, within=within)
@@ -223,9 +235,9 @@ def in_order(t0: Tile, runs: Runs, within: Any, body: Any, state: Any) -> Any:
 
 def list_overflow_kernel(
     ops: Operands,
-    stats: dict[str, Any],
-    _: Any,
-    out: dict[str, Any],
+    stats: Bounds,
+    _: Words,
+    out: Words,
     *,
     call: SparseCall,
     program: Program,
@@ -239,12 +251,12 @@ def list_overflow_kernel(
     """
     t0 = row_tile(ops.sight, call, cut, program)
     assert call.top_k is not None
-    keys, k = t0.stat(stats["keys"], 0), call.top_k
-    most = out["words"].shape[-1]
+    keys, k = t0.stat(stats.keys, 0), call.top_k
+    most = out.words.shape[-1]
 
     def redo() -> jax.Array:
         scores, runs = sweep_of(t0, ops, plan).whole, key_runs(t0)
-        bound, m = t0.stat(stats["bound"]), t0.stat(stats["m"], jnp.inf)
+        bound, m = t0.stat(stats.bound), t0.stat(stats.m, jnp.inf)
         every = jnp.full(keys.shape, call.S, i32)
 
         def inside(x: jax.Array, t: Tile, low: jax.Array, end: jax.Array) -> jax.Array:
@@ -260,7 +272,7 @@ def list_overflow_kernel(
 
             return in_order(t0, runs, None, add, jnp.zeros(keys.shape, f32)).astype(i32)
 
-        def raised(state: Any) -> Any:
+        def raised(state: Search) -> Search:
             low, high, n, step = state
             middle = middle_of(low, high)
             found = count(middle, every)
@@ -269,7 +281,7 @@ def list_overflow_kernel(
             low, n = jnp.where(up, middle, low), jnp.where(up, found, n)
             return low, jnp.where(go & ~up, middle, high), n, step + 1
 
-        def cutting(state: Any) -> Any:
+        def cutting(state: Search) -> Search:
             first, last, n, step = state
             middle = middle_of(first, last)
             found = count(low, middle)
@@ -278,7 +290,7 @@ def list_overflow_kernel(
             last, n = jnp.where(ok, middle, last), jnp.where(ok, found, n)
             return jnp.where(go & ~ok, middle, first), last, n, step + 1
 
-        def unfinished(state: Any) -> jax.Array:
+        def unfinished(state: Search) -> jax.Array:
             low, high, n, step = state
             more = (n > most) & (middle_of(low, high) > low)
             return (jnp.max(more.astype(i32)) > 0) & (step < HALVINGS)
@@ -290,7 +302,7 @@ def list_overflow_kernel(
             unfinished, cutting, (jnp.full_like(every, -1), every, n, i32(0))
         )
         words, _ = collect(t0, scores, lambda x, t: inside(x, t, low, end), out)
-        t0.put_stat(out["count"], stored(t0, words, out))
+        t0.put_stat(out.count, stored(t0, words, out))
         return i32(0)
 
     lax.cond(jnp.max(keys) > most, redo, lambda: i32(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,18 @@ from jax.experimental import pallas as pl
 from pallas_attn.config import Block
 from pallas_attn.normalizers.entmax import Learned
 from pallas_attn.normalizers.softmax import LOG2E
-from pallas_attn.tiled.operands import Operands
+from pallas_attn.tiled.fields import Values
+from pallas_attn.tiled.operands import Cols, Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.dropout import Drop, drop_pairs, rescale
 from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.entmax.lists.operands import (
+    ByQuery,
+    Deltas,
+    Entries,
+    Lists,
+)
 from pallas_attn.triton.entmax.lists.pairs import (
     gather,
     gather_vectors,
@@ -35,22 +42,51 @@ from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.scores import capped, times
 from pallas_attn.triton.terms import hold, on_tile, pullback
 from pallas_attn.triton.tile import load_number, Tile
+from pallas_attn.types import Index, Ref, Scalar, State
 
 
 f32 = jnp.float32
 i32 = jnp.int32
 
+# Of each entry in flight, or each row, some sums by what they are of.
+Sums = dict[str, jax.Array]
+# dk and dv of one key block, over the query heads of its key head.
+HeadState = tuple[jax.Array | None, jax.Array | None]
+
+
+class RowState(NamedTuple):
+    """What a query block adds up over its lists, in the order of registers."""
+
+    da: dict[int, jax.Array]
+    dq: jax.Array | None
+    fields: Values
+
+
+class ColState(NamedTuple):
+    """What a key block adds up over its entries, in the order of registers.
+
+    db, fields: of one query head.
+    """
+
+    db: dict[int, jax.Array]
+    dk: jax.Array | None
+    dv: jax.Array | None
+    fields: Values
+
 
 def over_lists(
-    t0: Tile, lists: Any, body: Callable[[Any, Pairs, Any], Any], state: Any
-) -> Any:
+    t0: Tile,
+    lists: Lists,
+    body: Callable[[Index, Pairs, State], State],
+    state: State,
+) -> State:
     """Run body(first, pairs, state) over the lists of a tile's queries.
 
     Some entries at a time, from `first` on.
     """
     count, ahead = t0.stat(lists.count, 0), t0.bk
 
-    def some(n: Any, state: Any) -> Any:
+    def some(n: Index, state: State) -> State:
         first = n * ahead
         ok = (first + jnp.arange(ahead, dtype=i32))[None, :] < count[:, None]
         key = listed(t0, lists.keys, first, ahead, ok)
@@ -60,12 +96,12 @@ def over_lists(
     return lax.fori_loop(i32(0), steps, some, state)
 
 
-def clear_lists(t0: Tile, ref: Any) -> None:
+def clear_lists(t0: Tile, ref: Ref) -> None:
     """Store 0 all over the lists of a tile's queries."""
     n = t0.bk
     exists = (t0.q0 + jnp.arange(t0.bq, dtype=i32) < t0.call.T)[:, None]
 
-    def some(i: Any, state: Any) -> Any:
+    def some(i: Index, state: jax.Array) -> jax.Array:
         place = i * n + jnp.arange(n, dtype=i32)
         ok = exists & (place < ref.shape[-1])[None, :]
         put_listed(t0, ref, i * n, jnp.zeros(ok.shape, f32), ok)
@@ -74,16 +110,16 @@ def clear_lists(t0: Tile, ref: Any) -> None:
     lax.fori_loop(i32(0), i32(pl.cdiv(ref.shape[-1], n)), some, i32(0))
 
 
-def _vectors(t0: Tile, ref: Any) -> jax.Array:
+def _vectors(t0: Tile, ref: Ref) -> jax.Array:
     """A sum of vectors for each of the entries in flight; added up after the loop."""
     return jnp.zeros((t0.bq, t0.bk, width_of(ref)), f32)
 
 
 def list_output_kernel(
-    lists: Any,
-    v: Any,
+    lists: Lists,
+    v: Ref,
     sight: Sight,
-    out: Any,
+    out: Ref,
     *,
     call: SparseCall,
     program: Program,
@@ -92,7 +128,7 @@ def list_output_kernel(
     """The output: sum p v."""
     t0 = row_tile(sight, call, cut, program)
 
-    def add(first: Any, t: Pairs, acc: jax.Array) -> jax.Array:
+    def add(first: Index, t: Pairs, acc: jax.Array) -> jax.Array:
         p, drop = listed(t0, lists.p, first, t0.bk, t.ok), _drop(t)
         p = p if drop is None else drop(p * rescale(call))
         return acc + p[:, :, None] * t.keys(v)
@@ -105,13 +141,13 @@ def _drop(t: Pairs) -> Drop | None:
 
 
 def list_delta_kernel(
-    lists: Any,
-    v: Any,
-    do: Any,
-    dtau: Any,
-    alpha: Any,
+    lists: Lists,
+    v: Ref,
+    do: Ref,
+    dtau: Ref | None,
+    alpha: Ref | None,
     sight: Sight,
-    out: dict[str, Any],
+    out: Deltas,
     *,
     call: SparseCall,
     program: Program,
@@ -129,14 +165,14 @@ def list_delta_kernel(
     power = power_of(call, alpha, t0.b, t0.h)
     rows = t0.rows(do).astype(f32)[:, None, :]
 
-    def add(first: Any, t: Pairs, state: Any) -> Any:
+    def add(first: Index, t: Pairs, state: Sums) -> Sums:
         u = listed(t0, lists.u, first, t0.bk, t.ok)
         dp, drop = jnp.sum(rows * t.keys(v), 2), _drop(t)
         dp = dp if drop is None else drop(dp * rescale(call))
         dp = jnp.where(t.ok, dp, 0.0)
-        put_listed(t0, out["dp"], first, dp, t.ok)
+        put_listed(t0, out.dp, first, dp, t.ok)
         new = {"u": u, "u dp": u * dp}
-        if "alpha" in out:
+        if out.alpha is not None:
             assert isinstance(power, Learned)
             p = listed(t0, lists.p, first, t0.bk, t.ok)
             zero = jnp.zeros_like(p)
@@ -146,7 +182,7 @@ def list_delta_kernel(
             new |= {"ph": ph, "ph dp": ph * dp}
         return {name: state[name] + x for name, x in new.items()}
 
-    names = ("u", "u dp", "ph", "ph dp") if "alpha" in out else ("u", "u dp")
+    names = ("u", "u dp", "ph", "ph dp") if out.alpha is not None else ("u", "u dp")
     nothing = jnp.zeros((t0.bq, t0.bk), f32)
     sums = over_lists(t0, lists, add, dict.fromkeys(names, nothing))
     sums = {name: jnp.sum(x, 1) for name, x in sums.items()}
@@ -157,8 +193,8 @@ def list_delta_kernel(
     if dtau is not None:
         cotangent = jnp.where(some, t0.stat(dtau), 0.0)
         total = cotangent * _residual_by_score(power.a)
-    t0.put_stat(out["delta"], mean - total / u)
-    if "alpha" not in out:
+    t0.put_stat(out.delta, mean - total / u)
+    if out.alpha is None:
         return
     assert isinstance(power, Learned)
     dalpha = sums["ph dp"] - mean * sums["ph"]
@@ -166,10 +202,10 @@ def list_delta_kernel(
         m = jnp.where(some, t0.stat(lists.m) * call.scale, 0.0)
         by_tau = m + power.lift(t0.stat(lists.level)) + power.a * sums["ph"] / u
         dalpha = dalpha + jnp.where(power.a == 0, 0.0, cotangent * by_tau)
-    t0.put_stat(out["alpha"], jnp.where(some, dalpha, 0.0))
+    t0.put_stat(out.alpha, jnp.where(some, dalpha, 0.0))
 
 
-def _residual_by_score(a: Any) -> Any:
+def _residual_by_score(a: Scalar) -> Scalar:
     """What the residual moves by when all scores do: a, or 1 where it is lse."""
     if isinstance(a, float):
         return a or 1.0
@@ -178,9 +214,9 @@ def _residual_by_score(a: Any) -> Any:
 
 def list_rows_kernel(
     ops: Operands,
-    lists: Any,
-    stats: dict[str, Any],
-    out: dict[str, Any],
+    lists: Lists,
+    stats: Deltas,
+    out: ByQuery,
     *,
     call: SparseCall,
     program: Program,
@@ -193,66 +229,60 @@ def list_rows_kernel(
     queries and keys, its gradient for every entry.
     """
     t0 = row_tile(ops.sight, call, cut, program)
-    delta, products = t0.stat(stats["delta"])[:, None], ops.added.products
+    delta, products = t0.stat(stats.delta)[:, None], ops.added.products
     held = hold(ops.added, t0, ("", "q"))
     q = None if call.soft_cap is None else t0.rows(ops.q).astype(f32)[:, None, :]
-    mine = plan.row_fields + tuple(out["pairs"])
+    mine = plan.row_fields + tuple(out.pairs)
     if plan.tile_fields:  # `lists.backward` spreads whole lists
-        for ref in (out["ds"], *out["pairs"].values()):
+        for ref in (out.ds, *out.pairs.values()):
             clear_lists(t0, ref)
 
-    def add(first: Any, t: Any, state: Any) -> Any:
+    def add(first: Index, t: Pairs, state: RowState) -> RowState:
         u = listed(t0, lists.u, first, t0.bk, t.ok)
-        dp = listed(t0, stats["dp"], first, t0.bk, t.ok)
+        dp = listed(t0, stats.dp, first, t0.bk, t.ok)
         ds = jnp.where(t.ok, u * (dp - delta), 0.0)
-        put_listed(t0, out["ds"], first, ds, t.ok)
+        put_listed(t0, out.ds, first, ds, t.ok)
         t, terms = on_tile(ops.added, t, held)
         grads = pullback(terms, mine, t)(ds)
-        for f, ref in out["pairs"].items():
+        for f, ref in out.pairs.items():
             put_listed(t0, ref, first, grads[f], t.ok)
-        new = {
-            "da": {
-                x: y + ds[:, :, None] * t.keys(products[x][1])
-                for x, y in state["da"].items()
-            },
-            "fields": {f: y + grads[f] for f, y in state["fields"].items()},
+        da = {
+            x: y + ds[:, :, None] * t.keys(products[x][1]) for x, y in state.da.items()
         }
-        if "dq" in state or "dqk" in out:
+        fields, dq = {f: y + grads[f] for f, y in state.fields.items()}, state.dq
+        if dq is not None or out.dqk is not None:
             k, slope = t.keys(ops.k), None
             if q is not None:
                 _, slope = capped(call, jnp.sum(q * k, 2))
             # Without a pair the slope may be NaN, of a query that sees no key.
             dqk = ds if slope is None else jnp.where(t.ok, ds * slope, 0.0)
-            if "dqk" in out:
-                put_listed(t0, out["dqk"], first, dqk, t.ok)
-            if "dq" in state:
-                new["dq"] = state["dq"] + dqk[:, :, None] * k
-        return new
+            if out.dqk is not None:
+                put_listed(t0, out.dqk, first, dqk, t.ok)
+            if dq is not None:
+                dq = dq + dqk[:, :, None] * k
+        return RowState(da, dq, fields)
 
-    state: Any = {
-        "da": {x: _vectors(t0, products[x][1]) for x in out["da"]},
-        "fields": dict.fromkeys(plan.row_fields, jnp.zeros((t0.bq,), f32)),
-    }
-    if "dq" in out:
-        state["dq"] = _vectors(t0, ops.k)
-    state = over_lists(t0, lists, add, state)
-    if "dq" in out:
-        t0.put_rows(out["dq"], jnp.sum(state["dq"], 1) * call.scale)
-    for x, y in state["da"].items():
-        t0.put_rows(out["da"][x], jnp.sum(y, 1) * call.scale)
+    da = {x: _vectors(t0, products[x][1]) for x in out.da}
+    fields = dict.fromkeys(plan.row_fields, jnp.zeros((t0.bq,), f32))
+    dq = None if out.dq is None else _vectors(t0, ops.k)
+    state = over_lists(t0, lists, add, RowState(da, dq, fields))
+    if out.dq is not None and state.dq is not None:
+        t0.put_rows(out.dq, jnp.sum(state.dq, 1) * call.scale)
+    for x, y in state.da.items():
+        t0.put_rows(out.da[x], jnp.sum(y, 1) * call.scale)
     some = t0.stat(lists.count, 0) > 0
-    for f, y in state["fields"].items():
+    for f, y in state.fields.items():
         # what an empty row has for itself may be NaN
-        t0.put_stat(out["fields"][f], jnp.where(some, y, 0.0))
+        t0.put_stat(out.fields[f], jnp.where(some, y, 0.0))
 
 
 def list_cols_kernel(
     ops: Operands,
-    do: Any,
-    entries: dict[str, Any],
-    order: Any,
-    starts: Any,
-    out: dict[str, Any],
+    do: Ref,
+    entries: Entries,
+    order: Ref,
+    starts: Ref,
+    out: Cols,
     *,
     call: SparseCall,
     program: Program,
@@ -274,87 +304,81 @@ def list_cols_kernel(
     products = ops.added.products
     run = ((b * call.K + head) * blocks + n_block) * call.G
 
-    def of_head(h: Any, state: Any) -> Any:
+    def of_head(h: Index, state: HeadState) -> HeadState:
         at = run + (h - head * call.G)
         lo, hi = (uniform(call, load_number(starts, (at + n,))) for n in (0, 1))
 
-        def step(i: Any, state: Any) -> Any:
+        def step(i: Index, state: ColState) -> ColState:
             place = lo + i * n + jnp.arange(n, dtype=i32)
             ok = place < hi
             entry = gather(order, (place,), ok)
             query = entry // width % call.T
-            key = gather(entries["keys"], (entry,), ok)
+            key = gather(entries.keys, (entry,), ok)
             hit = jnp.arange(bk, dtype=i32)[:, None] == (key - x0.k0)[None, :]
             hit = hit & ok[None, :]
 
             def placed(x: jax.Array) -> jax.Array:
                 return jnp.where(hit, x[None, :], 0.0)
 
-            def vectors(ref: Any) -> jax.Array:
+            def vectors(ref: Ref) -> jax.Array:
                 batch, heads = ref.shape[0], ref.shape[2]
                 entry_b, head = b * i32(batch > 1), h // i32(call.N // heads)
                 return gather_vectors(ref, entry_b, query, head, ok)
 
-            new = {}
-            if "dv" in state:
-                p, pairs = gather(entries["p"], (entry,), ok), replace(x0, h=h)
+            db, dk, dv, fields = state
+            if dv is not None:
+                p, pairs = gather(entries.p, (entry,), ok), replace(x0, h=h)
                 drop = drop_pairs(pairs, query, key)
                 p = placed(p if drop is None else drop(p * rescale(call)))
                 rows = vectors(do)
-                new["dv"] = state["dv"] + x0.dot(p.astype(rows.dtype), rows)
-            if "ds" not in entries:
-                return state | new
-            ds = gather(entries["ds"], (entry,), ok)
+                dv = dv + x0.dot(p.astype(rows.dtype), rows)
+            if entries.ds is None:
+                return ColState(db, dk, dv, fields)
+            ds = gather(entries.ds, (entry,), ok)
 
             def add(x: jax.Array, y: jax.Array, ds: jax.Array) -> jax.Array:
                 return x + times(x0, placed(ds), y, ops.q.dtype)
 
-            if "dk" in state:
+            if dk is not None:
                 dqk = ds
-                if "dqk" in entries:
-                    dqk = gather(entries["dqk"], (entry,), ok)
-                new["dk"] = add(state["dk"], vectors(ops.q), dqk)
-            new["db"] = {
-                x: add(y, vectors(products[x][0]), ds) for x, y in state["db"].items()
-            }
-            new["fields"] = state["fields"]
+                if entries.dqk is not None:
+                    dqk = gather(entries.dqk, (entry,), ok)
+                dk = add(dk, vectors(ops.q), dqk)
+            db = {x: add(y, vectors(products[x][0]), ds) for x, y in db.items()}
             if plan.col_fields:
                 i, j, on = (x[:, None] for x in (query, key, ok))
-                t: Any = Pairs(call, ops.sight, frame, b, h, i, j, on)
+                t = Pairs(call, ops.sight, frame, b, h, i, j, on)
                 t, terms = on_tile(ops.added, t, {})
                 grads = pullback(terms, plan.col_fields, t)(ds[:, None])
-                new["fields"] = {
-                    f: y + jnp.sum(placed(grads[f]), 1)
-                    for f, y in state["fields"].items()
+                fields = {
+                    f: y + jnp.sum(placed(grads[f]), 1) for f, y in fields.items()
                 }
-            return state | new
+            return ColState(db, dk, dv, fields)
 
-        state = state | {
-            "db": {x: _zeros(bk, products[x][0]) for x in out["db"]},
-            "fields": dict.fromkeys(plan.col_fields, jnp.zeros((bk,), f32)),
-        }
-        state = lax.fori_loop(i32(0), (hi - lo + (n - 1)) // n, step, state)
+        db = {x: _zeros(bk, products[x][0]) for x in out.db}
+        fields = dict.fromkeys(plan.col_fields, jnp.zeros((bk,), f32))
+        sums = ColState(db, *state, fields)
+        sums = lax.fori_loop(i32(0), (hi - lo + (n - 1)) // n, step, sums)
         t = Tile(call, ops.sight, frame, b, h, x0.q0, x0.k0, n, bk)
-        for x, y in state.pop("db").items():
-            t.put_keys(out["db"][x], y * call.scale)
-        for f, y in state.pop("fields").items():
-            t.put_key_stat(out["fields"][f], y)
-        return state
+        for x, y in sums.db.items():
+            t.put_keys(out.db[x], y * call.scale)
+        for f, y in sums.fields.items():
+            t.put_key_stat(out.fields[f], y)
+        return sums.dk, sums.dv
 
-    state = {}
-    if "dk" in out:
-        state["dk"] = _zeros(bk, ops.k)
-    if "dv" in out:
-        state["dv"] = _zeros(bk, ops.v)
+    dk = None if out.dk is None else _zeros(bk, ops.k)
+    dv = None if out.dv is None else _zeros(bk, ops.v)
+    state = dk, dv
     if call.G == 1:
         state = of_head(head, state)
     else:
         state = lax.fori_loop(x0.h, x0.h + call.G, of_head, state)
-    if "dk" in out:
-        x0.put_keys(out["dk"], state["dk"] * call.scale)
-    if "dv" in out:
-        x0.put_keys(out["dv"], state["dv"])
+    dk, dv = state
+    if out.dk is not None and dk is not None:
+        x0.put_keys(out.dk, dk * call.scale)
+    if out.dv is not None and dv is not None:
+        x0.put_keys(out.dv, dv)
 
 
-def _zeros(n: int, ref: Any) -> jax.Array:
+def _zeros(n: int, ref: Ref) -> jax.Array:
     return jnp.zeros((n, width_of(ref)), f32)

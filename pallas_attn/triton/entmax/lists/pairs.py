@@ -8,7 +8,6 @@ Here numbers that were read from memory become addresses: `gather`, `gather_vect
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +20,19 @@ from pallas_attn.tiled.summaries import Frame, Sight
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import frame_of, Grid
 from pallas_attn.triton.tile import load_number, load_where, store_where, Tile
+from pallas_attn.types import Index, Ref
 
 
 f32 = jnp.float32
 i32 = jnp.int32
 
 
-def width_of(ref: Any) -> int:
+def width_of(ref: Ref) -> int:
     """The last axis of an array, padded as a program holds it."""
     return max(16, pl.next_power_of_2(ref.shape[-1]))
 
 
-def gather(ref: Any, index: tuple[Any, ...], ok: jax.Array) -> jax.Array:
+def gather(ref: Ref, index: tuple[Index, ...], ok: jax.Array) -> jax.Array:
     """Entries of an array, 0 where not ok; an index for every axis, into its range."""
     index = tuple(
         jnp.broadcast_to(clamped(x, n), ok.shape)
@@ -41,13 +41,13 @@ def gather(ref: Any, index: tuple[Any, ...], ok: jax.Array) -> jax.Array:
     return load_where(ref.at[index], ok)
 
 
-def clamped(i: Any, size: int) -> jax.Array:
+def clamped(i: Index, size: int) -> jax.Array:
     """An index that lies in an axis of this size."""
     return jnp.clip(jnp.asarray(i), i32(0), i32(size - 1))
 
 
 def gather_vectors(
-    ref: Any, b: Any, i: jax.Array, head: Any, ok: jax.Array
+    ref: Ref, b: Index, i: jax.Array, head: Index, ok: jax.Array
 ) -> jax.Array:
     """Vectors i of a head of an array [#B, length, heads, width], padded."""
     width = width_of(ref)
@@ -61,7 +61,7 @@ def gather_vectors(
 
 
 def scatter(
-    call: Call, ref: Any, index: tuple[Any, ...], x: jax.Array, ok: jax.Array
+    call: Call, ref: Ref, index: tuple[Index, ...], x: jax.Array, ok: jax.Array
 ) -> None:
     """Store entries where ok, at an index for every axis."""
     *lead, last = (jnp.broadcast_to(y, ok.shape) for y in index)
@@ -87,20 +87,20 @@ def row_grid(call: Call, block: Block) -> Grid:
     return Grid(call.B, call.N, blocks, long_first=call.causal)
 
 
-def listed(t: Tile, ref: Any, first: Any, n: int, ok: jax.Array) -> jax.Array:
+def listed(t: Tile, ref: Ref, first: Index, n: int, ok: jax.Array) -> jax.Array:
     """Numbers first .. first + n of the lists [B, N, T, length] of a tile's queries."""
     at = ref.at[t.b, t.h, pl.ds(t.q0, t.bq), pl.ds(first, n)]
     return load_where(at, ok)
 
 
-def put_listed(t: Tile, ref: Any, first: Any, x: jax.Array, ok: jax.Array) -> None:
+def put_listed(t: Tile, ref: Ref, first: Index, x: jax.Array, ok: jax.Array) -> None:
     """Store numbers into the lists of a tile's queries, from `first` on."""
     at = ref.at[t.b, t.h, pl.ds(t.q0, t.bq), pl.ds(first, x.shape[1])]
     store_where(at, x, ok)
 
 
 def scatter_listed(
-    t: Tile, ref: Any, place: jax.Array, x: jax.Array, ok: jax.Array
+    t: Tile, ref: Ref, place: jax.Array, x: jax.Array, ok: jax.Array
 ) -> None:
     """Store numbers at places of the lists of a tile's queries, where ok.
 
@@ -122,8 +122,8 @@ class Pairs:
     call: Call
     sight: Sight  # of refs
     frame: Frame
-    b: Any
-    h: Any
+    b: Index
+    h: Index
     query: jax.Array
     key: jax.Array
     ok: jax.Array
@@ -195,13 +195,13 @@ class Pairs:
         """A list holds visible pairs only."""
         return self.ok
 
-    def seen_part(self, visible: jax.Array, x: jax.Array) -> jax.Array:
+    def seen_part(self, visible: jax.Array | None, x: jax.Array) -> jax.Array:
         """Numbers of pairs or rows, 0 where there is no pair."""
-        if jnp.ndim(x) == 0:
+        if visible is None or jnp.ndim(x) == 0:
             return x
         return jnp.where(visible if x.shape == self.shape else self._rows, x, 0.0)
 
-    def field(self, home: str, ref: Any) -> jax.Array:
+    def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on these pairs, float32: a number, one per row, or one per pair."""
         if home == "query":
             x = self._numbers(ref, (0, 2), 1, self.query, self._rows)
@@ -215,7 +215,7 @@ class Pairs:
 
     # What a pass uses.
 
-    def keys(self, ref: Any) -> jax.Array:
+    def keys(self, ref: Ref) -> jax.Array:
         """[rows, entries, width] of an array [#B, S, heads, width], float32."""
         b, head = self._lead(ref.shape[0], ref.shape[2])
         return gather_vectors(ref, b, self.key, head, self.ok).astype(f32)
@@ -233,15 +233,15 @@ class Pairs:
         )
 
     def _numbers(
-        self, ref: Any, lead: tuple[int, int], axis: int, i: jax.Array, ok: jax.Array
+        self, ref: Ref, lead: tuple[int, int], axis: int, i: jax.Array, ok: jax.Array
     ) -> jax.Array:
         """Entries i along an axis; lead: which axes are the batch and the heads."""
-        index: list[Any] = [i] * 3
+        index = [i] * 3
         index[lead[0]], index[lead[1]] = self._lead(*(ref.shape[n] for n in lead))
         assert index[axis] is i
         return gather(ref, tuple(index), ok)
 
-    def _pair(self, ref: Any) -> jax.Array:
+    def _pair(self, ref: Ref) -> jax.Array:
         """Of an array [#B, #N, #T, #S], as small as it is."""
         queries, keys = ref.shape[2:]
         lead = self._lead(*ref.shape[:2])

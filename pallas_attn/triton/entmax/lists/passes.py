@@ -7,18 +7,20 @@ row. What keys own comes by one sort of all entries by key block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from pallas_attn.config import Block
-from pallas_attn.tiled.fields import fields
-from pallas_attn.tiled.operands import Operands, Wanted
+from pallas_attn.tiled.fields import fields, Values
+from pallas_attn.tiled.operands import Cols, Operands, Rows, Wanted
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import Sight
@@ -42,14 +44,24 @@ from pallas_attn.triton.entmax.lists.kernels import (
     list_output_kernel,
     list_rows_kernel,
 )
+from pallas_attn.triton.entmax.lists.operands import (
+    ByQuery,
+    Candidates,
+    Deltas,
+    Entries,
+    Lists,
+    Scores,
+    Selected,
+)
 from pallas_attn.triton.entmax.lists.pairs import row_grid, width_of
 from pallas_attn.triton.entmax.lists.select import (
     list_scores_kernel,
     list_select_kernel,
 )
 from pallas_attn.triton.entmax.power import fuses
-from pallas_attn.triton.launch import launch, like
+from pallas_attn.triton.launch import launch, like, Made
 from pallas_attn.triton.passes import grains
+from pallas_attn.types import outline, Tree
 
 
 f32 = jnp.float32
@@ -59,24 +71,17 @@ i32 = jnp.int32
 SHORT, MEAN = 128, 40
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Lists:
-    """The keys with weight of every query, in key order; the first `count` count.
+class Gradients(NamedTuple):
+    """What the backward passes make by lists.
 
-    keys: the key indices; p, u: their weights, p^(2 - alpha).
-    m: the largest score in units of q.k, inf for empty rows; level: as `Power` or
-        `Learned` has it.
-    fits: whether every row's keys found place; always, where there is a top_k.
+    pairs: of `Plan.tile_fields`.
+    alpha: dL/dalpha of each row, if that is wanted.
     """
 
-    keys: Int[Array, "B N T k"]
-    p: Float[Array, "B N T k"]
-    u: Float[Array, "B N T k"]
-    count: Int[Array, "B N T"]
-    m: Float[Array, "B N T"]
-    level: Float[Array, "B N T"]
-    fits: Bool[Array, ""] | None
+    rows: Rows
+    cols: Cols
+    pairs: Values
+    alpha: Float[Array, "B N T"] | None
 
 
 def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lists:
@@ -90,13 +95,13 @@ def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lis
     words = candidates(ops, alpha, length, call, p)
     scores = _run(
         list_scores_kernel,
-        (ops, {name: words[name] for name in ("words", "numbers", "count")}),
-        {
-            "x": _per_row(call, f32, length),
-            "keys": _per_row(call, i32, length),
-            "count": _per_row(call, i32),
-            "row": _per_row(call, f32),
-        },
+        (ops, words.lists),
+        Scores(
+            count=_per_row(call, i32),
+            keys=_per_row(call, i32, length),
+            row=_per_row(call, f32),
+            x=_per_row(call, f32, length),
+        ),
         call,
         gather_block(_widest(ops)),
         word=keys_of_word(sweep_block(call, p).block_k),
@@ -104,15 +109,15 @@ def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lis
     width = length if call.top_k is None else call.top_k
     out = _run(
         list_select_kernel,
-        (scores, words["level"], alpha, ops.sight),
-        {
-            "keys": _per_row(call, i32, width),
-            "p": _per_row(call, f32, width),
-            "u": _per_row(call, f32, width),
-            "count": _per_row(call, i32),
-            "m": _per_row(call, f32),
-            "level": _per_row(call, f32),
-        },
+        (scores, words.level, alpha, ops.sight),
+        Selected(
+            count=_per_row(call, i32),
+            keys=_per_row(call, i32, width),
+            level=_per_row(call, f32),
+            m=_per_row(call, f32),
+            p=_per_row(call, f32, width),
+            u=_per_row(call, f32, width),
+        ),
         call,
         select_block(length),
         fused=fuses(call, ops),
@@ -120,34 +125,32 @@ def select(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Lis
     fits = jnp.array(True)
     if call.top_k is None:
         room = MEAN * call.B * call.N * call.T
-        fits = jnp.all(words["keys"] <= length) & (out["count"].sum(dtype=i32) <= room)
-    return Lists(**out, fits=fits)
+        fits = jnp.all(words.keys <= length) & (out.count.sum(dtype=i32) <= room)
+    return Lists(**vars(out), fits=fits)
 
 
 def candidates(
     ops: Operands, alpha: Array | None, length: int, call: SparseCall, p: Plan
-) -> dict[str, Array]:
+) -> Candidates:
     """At most `length` candidates of each row, as words of bits."""
     if call.alpha == 1.0:  # nothing is without weight: no bound rules a block out
         p = replace(p, pruned=False)
     block = sweep_block(call, p)
     words = length * (block.block_k // keys_of_word(block.block_k))
-    lists = {
-        "words": _per_row(call, i32, words),
-        "numbers": _per_row(call, i32, words),
-        "count": _per_row(call, i32),
-    }
-    rows = {
-        "m": _per_row(call, f32),
-        "level": _per_row(call, f32),
-        "bound": _per_row(call, f32),
-        "keys": _per_row(call, i32),
-    }
+    outputs = Candidates(
+        bound=_per_row(call, f32),
+        count=_per_row(call, i32),
+        keys=_per_row(call, i32),
+        level=_per_row(call, f32),
+        m=_per_row(call, f32),
+        numbers=_per_row(call, i32, words),
+        words=_per_row(call, i32, words),
+    )
     out = launch_watched(
         list_candidates_kernel,
         row_grid(call, block).shape,
         (ops, alpha, grains(ops, call, p)),
-        lists | rows,
+        outputs,
         call,
         block,
         cut=block,
@@ -155,25 +158,23 @@ def candidates(
     )
     if call.top_k is None:
         return out
-    stats = {name: out[name] for name in ("m", "bound", "keys")}
-    into = {name: out[name] for name in lists}
     redone = _run(  # which mostly has nothing to do: with care at once
         list_overflow_kernel,
-        (careful(ops), stats),
-        lists,
+        (careful(ops), out.bounds),
+        outputs.lists,
         call,
         block,
-        into=into,
+        into=out.lists,
         plan=p,
     )
-    return redone | {name: out[name] for name in ("keys", "level")}
+    return replace(out, **vars(redone))
 
 
 def output(
     lists: Lists, v: Float[Array, "B S K h"], sight: Sight, call: SparseCall
 ) -> Float[Array, "B T N h"]:
     """The output, in the dtype of the values."""
-    shape = jax.ShapeDtypeStruct((call.B, call.T, call.N, call.h), v.dtype)
+    shape = outline((call.B, call.T, call.N, call.h), v.dtype)
     block = gather_block(width_of(v))
     return _run(list_output_kernel, (_refs(lists), v, sight), shape, call, block)
 
@@ -189,7 +190,7 @@ def backward(
     p: Plan,
     *,
     wants_alpha: bool = False,
-) -> dict[str, Any]:
+) -> Gradients:
     """What `passes.rows`, `passes.cols` and `passes.tiles` make over tiles, by lists.
 
     Args:
@@ -202,29 +203,24 @@ def backward(
         call: The static facts.
         p: Says who owns the gradients; it may not store dS.
         wants_alpha: Whether alpha's is asked for.
-
-    Returns:
-        "rows": dq, da, fields; "cols": dk, dv, db, fields; "pairs": the gradients of
-        `p.tile_fields`; "delta" and "alpha" (dL/dalpha of each row), [B, N, T].
     """
     arrays = fields(ops.added)
     stats = _delta(ops, alpha, lists, do, dtau, call, wants_alpha)
-    result: dict[str, Any] = {"rows": {}, "cols": {}, "pairs": {}}
-    result |= {name: stats[name] for name in ("delta", "alpha") if name in stats}
+    rows, cols, pairs = Rows(), Cols(), Values()
     scores = bool(wanted.q or wanted.k or p.da or p.db or p.row_fields)
     scores = scores or bool(p.col_fields or p.tile_fields)
-    entries: dict[str, Array] = {"keys": lists.keys, "p": lists.p}
+    entries = Entries(keys=lists.keys, p=lists.p)
     if scores:
         made = _rows(ops, lists, stats, wanted, call, p)
-        result["rows"] = {x: made[x] for x in ("dq", "da", "fields") if x in made}
-        entries |= {name: made[name] for name in ("ds", "dqk") if name in made}
-        result["pairs"] = {
-            f: _spread(made["pairs"].get(f, made["ds"]), lists, arrays[f], call)
+        rows = Rows(da=made.da, dq=made.dq, fields=made.fields)
+        entries = replace(entries, dqk=made.dqk, ds=made.ds)
+        pairs = {
+            f: _spread(made.pairs.get(f, made.ds), lists, arrays[f], call)
             for f in p.tile_fields
         }
     if wanted.k or wanted.v or p.db or p.col_fields:
-        result["cols"] = _cols(ops, lists, entries, do, wanted, call, p)
-    return result
+        cols = _cols(ops, lists, entries, do, wanted, call, p)
+    return Gradients(rows, cols, pairs, stats.alpha)
 
 
 def _delta(
@@ -235,10 +231,12 @@ def _delta(
     dtau: Array | None,
     call: SparseCall,
     wants_alpha: bool,
-) -> dict[str, Array]:
-    outputs = {"dp": like(lists.p), "delta": _per_row(call, f32)}
-    if wants_alpha:
-        outputs["alpha"] = _per_row(call, f32)
+) -> Deltas:
+    outputs = Deltas(
+        alpha=_per_row(call, f32) if wants_alpha else None,
+        delta=_per_row(call, f32),
+        dp=like(lists.p),
+    )
     inputs = (_refs(lists), ops.v, do, dtau, alpha, ops.sight)
     return _run(list_delta_kernel, inputs, outputs, call, gather_block(width_of(ops.v)))
 
@@ -246,23 +244,22 @@ def _delta(
 def _rows(
     ops: Operands,
     lists: Lists,
-    stats: dict[str, Array],
+    stats: Deltas,
     wanted: Wanted,
     call: SparseCall,
     p: Plan,
-) -> dict[str, Any]:
+) -> ByQuery:
     products = ops.added.products
-    outputs: dict[str, Any] = {
-        "ds": like(lists.p),
-        "da": {x: columns_of(products[x][0], call.T, call) for x in p.da},
-        "fields": dict.fromkeys(p.row_fields, _per_row(call, f32)),
-        "pairs": {f: like(lists.p) for f in p.tile_fields if not f.additive},
-    }
-    if wanted.q:
-        outputs["dq"] = like(ops.q)
-    if wanted.k and call.soft_cap is not None:
-        outputs["dqk"] = like(lists.p)
-    inputs = (ops, _refs(lists), {x: stats[x] for x in ("dp", "delta")})
+    bent = wanted.k and call.soft_cap is not None
+    outputs = ByQuery(
+        da={x: columns_of(products[x][0], call.T, call) for x in p.da},
+        dq=like(ops.q) if wanted.q else None,
+        dqk=like(lists.p) if bent else None,
+        ds=like(lists.p),
+        fields=dict.fromkeys(p.row_fields, _per_row(call, f32)),
+        pairs={f: like(lists.p) for f in p.tile_fields if not f.additive},
+    )
+    inputs = (ops, _refs(lists), replace(stats, alpha=None))
     block = gather_block(_widest(ops))
     return _run(list_rows_kernel, inputs, outputs, call, block, plan=p)
 
@@ -270,26 +267,24 @@ def _rows(
 def _cols(
     ops: Operands,
     lists: Lists,
-    entries: dict[str, Array],
+    entries: Entries,
     do: Array,
     wanted: Wanted,
     call: SparseCall,
     p: Plan,
-) -> dict[str, Any]:
+) -> Cols:
     products = ops.added.products
     exact = call.precision == lax.Precision.HIGHEST
     block = cols_block(call, _widest(ops), exact)
     order, starts = by_key_block(lists, block.block_k, call)
-    per_key = jax.ShapeDtypeStruct((call.B, call.N, call.S), f32)
-    outputs: dict[str, Any] = {
-        "db": {x: columns_of(products[x][1], call.S, call) for x in p.db},
-        "fields": dict.fromkeys(p.col_fields, per_key),
-    }
-    if wanted.k:
-        outputs["dk"] = like(ops.k)
-    if wanted.v:
-        outputs["dv"] = like(ops.v)
-    flat = {name: x.reshape(-1) for name, x in entries.items()}
+    per_key = outline((call.B, call.N, call.S), f32)
+    outputs = Cols(
+        db={x: columns_of(products[x][1], call.S, call) for x in p.db},
+        dk=like(ops.k) if wanted.k else None,
+        dv=like(ops.v) if wanted.v else None,
+        fields=dict.fromkeys(p.col_fields, per_key),
+    )
+    flat = jax.tree.map(lambda x: x.reshape(-1), entries)
     return launch(
         list_cols_kernel,
         (pl.cdiv(call.S, block.block_k), call.K, call.B),
@@ -385,17 +380,30 @@ def _widest(ops: Operands) -> int:
     return max(width_of(x) for x in arrays)
 
 
-def _per_row(call: SparseCall, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((call.B, call.N, call.T, *more), dtype)
+def _per_row(call: SparseCall, dtype: DTypeLike, *more: int) -> Array:
+    return outline((call.B, call.N, call.T, *more), dtype)
 
 
 def _run(
-    kernel: Any,
-    inputs: Any,
-    outputs: Any,
+    kernel: Callable[..., None],
+    inputs: Tree,
+    outputs: Made,
     call: SparseCall,
     block: Block,
-    **options: Any,
-) -> Any:
+    *,
+    into: Made | None = None,
+    **options: Hashable,
+) -> Made:
     grid = row_grid(call, block).shape
-    return launch(kernel, grid, inputs, outputs, call, block, cut=block, **options)
+    return launch(
+        kernel,
+        grid,
+        inputs,
+        outputs,
+        call,
+        block,
+        into=into,
+        name="",
+        cut=block,
+        **options,
+    )

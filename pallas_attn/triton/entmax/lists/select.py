@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +11,8 @@ from pallas_attn.normalizers.entmax import newton
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.entmax.call import SparseCall
-from pallas_attn.triton.entmax.lists.candidates import middle_of, ordered
+from pallas_attn.triton.entmax.lists.candidates import Ends, middle_of, ordered
+from pallas_attn.triton.entmax.lists.operands import Scores, Selected, Words
 from pallas_attn.triton.entmax.lists.pairs import (
     listed,
     Pairs,
@@ -25,6 +24,7 @@ from pallas_attn.triton.entmax.support import WORD
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.scores import capped
 from pallas_attn.triton.terms import hold, on_tile, parts
+from pallas_attn.types import Index, Ref
 
 
 f32 = jnp.float32
@@ -35,11 +35,14 @@ i32 = jnp.int32
 CLOSE = 3e-7
 MOST_STEPS = 24
 
+# A search's level of each row, what the last step found amiss, how many there were.
+Steps = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def list_scores_kernel(
     ops: Operands,
-    words: dict[str, Any],
-    out: dict[str, Any],
+    words: Words,
+    out: Scores,
     *,
     call: SparseCall,
     program: Program,
@@ -51,14 +54,14 @@ def list_scores_kernel(
     Some words at a time, one key of each: that many loads are in flight.
     """
     t0 = row_tile(ops.sight, call, cut, program)
-    count, ahead, inverse = t0.stat(words["count"], 0), cut.block_k, 1.0 / call.scale
+    count, ahead, inverse = t0.stat(words.count, 0), cut.block_k, 1.0 / call.scale
     products = ops.added.products
     q = t0.rows(ops.q).astype(f32)[:, None, :]
     qs = [t0.rows(a).astype(f32)[:, None, :] for a, _ in products]
     held = hold(ops.added, t0, ("", "q"))
-    length = out["x"].shape[-1]
+    length = out.x.shape[-1]
 
-    def score(t: Any) -> tuple[jax.Array, jax.Array]:
+    def score(t: Pairs) -> tuple[jax.Array, jax.Array]:
         """(x, row): without and of what a whole row has, in units of q.k."""
         x, _ = capped(call, jnp.sum(q * t.keys(ops.k), 2))
         for a, (_, b) in zip(qs, products, strict=True):
@@ -71,20 +74,20 @@ def list_scores_kernel(
         # What is not finite in a row's own part is so in all its scores.
         return x + (row - row), row.reshape(t.bq)
 
-    def some_words(n: Any, at: jax.Array) -> jax.Array:
+    def some_words(n: Index, at: jax.Array) -> jax.Array:
         place = n * ahead + jnp.arange(ahead, dtype=i32)
         ok = place[None, :] < count[:, None]
-        left = listed(t0, words["words"], n * ahead, ahead, ok)
-        first = listed(t0, words["numbers"], n * ahead, ahead, ok) * word
+        left = listed(t0, words.words, n * ahead, ahead, ok)
+        first = listed(t0, words.numbers, n * ahead, ahead, ok) * word
         size = lax.population_count(left)
         to = at[:, None] + jnp.cumsum(size, 1, dtype=i32) - size
 
-        def one_of_each(n: Any, left: jax.Array) -> jax.Array:
+        def one_of_each(n: Index, left: jax.Array) -> jax.Array:
             ok = (left != 0) & (to + n < length)
             key = jnp.where(ok, first + (WORD - 1) - lax.clz(left & -left), 0)
             x, row = score(Pairs.of(t0, key, ok))
-            scatter_listed(t0, out["x"], to + n, x, ok)
-            scatter_listed(t0, out["keys"], to + n, key, ok)
+            scatter_listed(t0, out.x, to + n, x, ok)
+            scatter_listed(t0, out.keys, to + n, key, ok)
             return left & (left - 1)
 
         lax.fori_loop(i32(0), jnp.max(size), one_of_each, left)
@@ -93,17 +96,17 @@ def list_scores_kernel(
     steps = (jnp.max(count) + (ahead - 1)) // ahead
     nothing = jnp.zeros((t0.bq,), i32)
     found = lax.fori_loop(i32(0), steps, some_words, nothing)
-    t0.put_stat(out["count"], jnp.minimum(found, length))
+    t0.put_stat(out.count, jnp.minimum(found, length))
     none = jnp.zeros((t0.bq, ahead), bool)
-    t0.put_stat(out["row"], score(Pairs.of(t0, none.astype(i32), none))[1])
+    t0.put_stat(out.row, score(Pairs.of(t0, none.astype(i32), none))[1])
 
 
 def list_select_kernel(
-    scores: dict[str, Any],
-    start: Any,
-    alpha: Any,
+    scores: Scores,
+    start: Ref,
+    alpha: Ref | None,
     sight: Sight,
-    out: dict[str, Any],
+    out: Selected,
     *,
     call: SparseCall,
     program: Program,
@@ -117,10 +120,10 @@ def list_select_kernel(
     """
     t0 = row_tile(sight, call, cut, program)
     power = power_of(call, alpha, t0.b, t0.h, fused=fused)
-    n, length, width = t0.bq, cut.block_k, out["keys"].shape[-1]
-    count = t0.stat(scores["count"], 0)
+    n, length, width = t0.bq, cut.block_k, out.keys.shape[-1]
+    count = t0.stat(scores.count, 0)
     has = jnp.arange(length, dtype=i32)[None, :] < count[:, None]
-    x = listed(t0, scores["x"], i32(0), length, has)
+    x = listed(t0, scores.x, i32(0), length, has)
     m = jnp.max(jnp.where(has, x, -jnp.inf), 1)
     m = jnp.where(m == -jnp.inf, 0.0, m)
 
@@ -135,7 +138,7 @@ def list_select_kernel(
     def solved(keep: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(p, u, level) with sum p = 1."""
 
-        def step(state: Any) -> Any:
+        def step(state: Steps) -> Steps:
             level, _, steps = state
             p, u = weights(keep, level)
             total = jnp.where(count > 0, jnp.sum(p, 1), 1.0)
@@ -143,7 +146,7 @@ def list_select_kernel(
             level = jnp.where(count > 0, power.lowered(level, by), level)
             return level, jnp.max(jnp.abs(total - 1)), steps + 1
 
-        def more(state: Any) -> jax.Array:
+        def more(state: Steps) -> jax.Array:
             return (state[1] > CLOSE) & (state[2] < MOST_STEPS)
 
         level, _, _ = lax.while_loop(more, step, (first, f32(1), i32(0)))
@@ -159,7 +162,7 @@ def list_select_kernel(
     def largest(k: int) -> jax.Array:
         rank = jnp.where(has, ordered(x), jnp.iinfo(i32).min)
 
-        def half(_: Any, ends: Any) -> Any:
+        def half(_: Index, ends: Ends) -> Ends:
             low, high = ends
             middle = middle_of(low, high)
             enough = size(rank >= middle[:, None]) >= k
@@ -186,14 +189,14 @@ def list_select_kernel(
     on = p != 0
     place = jnp.cumsum(on.astype(i32), 1, dtype=i32) - 1
     on = on & (place < width)
-    key = listed(t0, scores["keys"], i32(0), length, on)
-    for name, y in (("keys", key), ("p", p), ("u", u)):
-        scatter_listed(t0, out[name], place, y, on)
-    t0.put_stat(out["count"], size(on))
+    key = listed(t0, scores.keys, i32(0), length, on)
+    for ref, y in ((out.keys, key), (out.p, p), (out.u, u)):
+        scatter_listed(t0, ref, place, y, on)
+    t0.put_stat(out.count, size(on))
     # `lists.by_key_block` sorts whole lists: what it reads has been written.
     every = jnp.arange(length, dtype=i32)[None, :]
     rest = every >= size(on)[:, None]
-    scatter_listed(t0, out["keys"], every, jnp.zeros_like(key), rest)
-    row = t0.stat(scores["row"])
-    t0.put_stat(out["m"], jnp.where(count > 0, m + row, jnp.inf))
-    t0.put_stat(out["level"], level)
+    scatter_listed(t0, out.keys, every, jnp.zeros_like(key), rest)
+    row = t0.stat(scores.row)
+    t0.put_stat(out.m, jnp.where(count > 0, m + row, jnp.inf))
+    t0.put_stat(out.level, level)
