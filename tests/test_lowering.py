@@ -97,9 +97,9 @@ SPILLING = {
         (80, "cols"): 92,
     },
     "entmax 1.5, dense-1NTS, causal, T1024 H64 bfloat16": {
-        (90, "output"): 88,  # the fastest of those timed
-        (80, "output"): 344,
-        (100, "output"): 480,
+        (90, "output"): 136,  # 88 without its flag, in 0.98 of the time
+        (80, "output"): 488,
+        (100, "output"): 728,
     },
     "entmax learned, none, causal, T1024 H64 bfloat16": {
         (80, "output"): 128,
@@ -238,6 +238,8 @@ def test_a_bias_tile_is_loaded_asynchronously(case):
     """And no product starts from it: Triton would then wait for its load."""
     read = False
     for kernel in lowered(case):
+        if kernel.name.endswith("_again"):  # it has a single stage
+            continue
         record = compiled(kernel, 90)
         for place, (shape, _) in enumerate(kernel.arguments):
             if shape[-2:] != (LENGTH, LENGTH):

@@ -216,7 +216,7 @@ class Reference:
 
         def largest(x: jax.Array) -> tuple[Reference, jax.Array]:
             x = x if visible is None else jnp.where(visible, x, -jnp.inf)
-            at = keys == jnp.argmax(x, 1).astype(i32)[:, None]
+            at = keys == lax.argmax(x, 1, i32)[:, None]
             of_key = lambda x: jnp.sum(jnp.where(at, x, 0.0), 1)
             return Reference(of_key(s), of_key(inside), z), jnp.max(x, 1)
 
