@@ -173,6 +173,23 @@ def test_dtypes_and_odd_heads_lower(H, dtype):
     assert kernels(Case("sum", "all at once").at(H=H, h=H, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("bias", "normalizer"),
+    [
+        ("co_alibi", "softmax"),
+        ("sum", "softmax"),
+        ("alibi", "softmax"),
+        ("dense", "entmax 1.5"),
+        ("sum", "entmax learned top 8"),
+    ],
+)
+def test_exact_calls_lower_in_a_process_with_x64(bias, normalizer):
+    """No index, count or number of a kernel becomes one of 64 bits."""
+    case = Case(bias, "all at once", normalizer=normalizer).at(dtype="float32")
+    with jax.enable_x64(True):
+        assert kernels(case, precision=jax.lax.Precision.HIGHEST)
+
+
 @compiles
 @pytest.mark.parametrize("arch", [n for n in DEVICES if SHARED_LIMIT[n] > SMALL])
 @pytest.mark.parametrize("case", SHIPPED, ids=named)
