@@ -12,13 +12,16 @@ import pytest
 
 from pallas_attn.fuzz import truth as truth_package
 from pallas_attn.fuzz.draw import draw
+from pallas_attn.fuzz.elements import Elements
 from pallas_attn.fuzz.job import Options, plan_of, run
 from pallas_attn.fuzz.kept import KEPT
 from pallas_attn.fuzz.kinds import KINDS
 from pallas_attn.fuzz.plan import Plan, TRANSFORMS
 from pallas_attn.fuzz.pool import run_all
 from pallas_attn.fuzz.selfcheck import ALLOWED, gradient_gaps
-from pallas_attn.fuzz.values import MORE, SETS, value_sets, values
+from pallas_attn.fuzz.truth.arrays import unread
+from pallas_attn.fuzz.truth.attention import EXACT, truth
+from pallas_attn.fuzz.values import MORE, SETS, value_sets, values, widened
 from pallas_attn.testing.evaluate import kernel_implementation
 
 
@@ -117,6 +120,23 @@ def test_the_truth_differentiates_itself(first):
     for seed in range(first, first + 8):
         for name, gap in gradient_gaps(seed):
             assert gap <= ALLOWED, f"seed {seed} {name}: {gap:.1e}"
+
+
+@pytest.mark.parametrize("seed", [360, 300117])
+def test_poison_is_nowhere_that_an_element_reads(seed):
+    """Of an array that elements of a map share; -inf may be a number of its own."""
+    plan = draw(seed, "triton_interpret")
+    elements = Elements(plan, "taken", 3)
+    changed = 0
+    for at, (operands, _, _) in zip(elements.places, elements.values, strict=True):
+        clean, conditions, _ = values(plan, "taken", 3, at)
+        found = truth(plan, widened(clean), conditions, None, EXACT)
+        for name, form in plan.forms.items():
+            gone = unread(found.allowed, operands[name].shape, form.home)
+            same = operands[name] == clean[name]
+            assert (same | gone).all(), name
+            changed += (~same).sum()
+    assert changed
 
 
 def test_the_truth_shares_no_code_with_the_library():

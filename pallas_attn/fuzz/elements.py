@@ -99,12 +99,10 @@ class Elements:
             for members in groups.values():
                 if len(members) == 1:
                     continue
-                held = [bad[n][0][name].astype(np.float64) for n in members]
-                everywhere = (~np.isfinite(np.stack(held))).all(0)
                 first = members[0]
-                mixed = np.where(
-                    everywhere, bad[first][0][name], self.values[first][0][name]
-                )
+                clean = self.values[first][0][name]  # -inf may be its own
+                held = np.stack([bad[n][0][name] for n in members])
+                mixed = np.where((held != clean).all(0), held[0], clean)
                 for n in members:
                     bad[n][0][name] = mixed
         self.values = [
