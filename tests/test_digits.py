@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, Bias, CoALiBi, Softmax
+from pallas_attn import ALiBi, Bias, CoALiBi, DenseBias, FactoredBias, Softmax
 from pallas_attn.testing.cases import Sample
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -99,6 +99,14 @@ def saturated(bias: Bias | None, causal: bool) -> Sample:
     return Sample(operands, {}, settings, cotangents)
 
 
+def drawn_bias(*shape: int) -> jax.Array:
+    """Numbers that no float32 score of thousands holds."""
+    return jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
+
+
+FACTORED = FactoredBias(drawn_bias(1, T, 1, 5), drawn_bias(1, T, 1, 5))
+
+
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
@@ -106,9 +114,11 @@ def saturated(bias: Bias | None, causal: bool) -> Sample:
     [
         None,
         ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)),
+        FACTORED,
+        DenseBias(drawn_bias(1, 1, T, T)) + FACTORED + DenseBias(drawn_bias(1, 4, T, 1)),
         CoALiBi(jnp.asarray([0.3, -0.7, 1.7, 2.9], jnp.float32)),
     ],
-    ids=["none", "alibi", "co_alibi"],
+    ids=["none", "alibi", "factored", "sum", "co_alibi"],
 )
 def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
     """However a pass cuts its tiles: scores of thousands are rounded alike in all."""

@@ -46,6 +46,17 @@ def product(call: Call, x: Scalar, factor: float) -> Scalar:
     return _inline(f"mul.rn.f32 $0, $1, 0f{bits:08X};", x, f32)
 
 
+def apart(call: Call, x: jax.Array) -> jax.Array:
+    """A dot's result, which no compiler makes the start of another's, if exact.
+
+    Which of two that are added up starts the other is for Triton to say, kernel by
+    kernel; and a sum that starts large is rounded at every step.
+    """
+    if call.interpret or not call.exact:
+        return x
+    return _inline("mov.b32 $0, $1;", x, f32)
+
+
 def relu(call: Call, x: jax.Array) -> jax.Array:
     """The larger of x and 0, and NaN for NaN; Triton's own maximum drops it."""
     if call.interpret:

@@ -13,7 +13,7 @@ from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.normalizers.softmax import LOG2E, score_gradient
 from pallas_attn.tiled.fields import Values
 from pallas_attn.triton.dropout import drop_on, rescale
-from pallas_attn.triton.ptx import product
+from pallas_attn.triton.ptx import apart, product
 from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.terms import on_tile, parts
 from pallas_attn.triton.tile import Tile
@@ -32,11 +32,12 @@ def dots(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(q.k, soft-capped, plus the products; the derivative of the cap or None).
 
-    Oriented as the tile; without a cap, in one accumulator.
+    Oriented as the tile; without a cap, in one accumulator, unless that costs digits.
     """
     s, slope = capped(t.call, t.dot(k, q.T) if t.flip else t.dot(q, k.T))
     for a, b in zip(qs, ks, strict=True):
-        s = (t.dot(b, a.T) if t.flip else t.dot(a, b.T)) + s
+        more = t.dot(b, a.T) if t.flip else t.dot(a, b.T)
+        s = apart(t.call, more) + apart(t.call, s)
     return s, slope
 
 
@@ -50,7 +51,7 @@ def capped(call: Call, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         return s, None
     # Not the tanh of one instruction: its 2^-11 of a score would show in float32.
     bent = jnp.tanh(s * (call.scale / call.soft_cap))
-    return bent * (call.soft_cap / call.scale), 1 - bent * bent
+    return product(call, bent, call.soft_cap / call.scale), 1 - bent * bent
 
 
 def uncapped(
