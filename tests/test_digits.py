@@ -105,6 +105,7 @@ def drawn_bias(*shape: int) -> jax.Array:
 
 
 FACTORED = FactoredBias(drawn_bias(1, T, 1, 5), drawn_bias(1, T, 1, 5))
+SUM = DenseBias(drawn_bias(1, 1, T, T)) + FACTORED + DenseBias(drawn_bias(1, 4, T, 1))
 
 
 @pytest.mark.parametrize("implementation", implementations())
@@ -115,7 +116,7 @@ FACTORED = FactoredBias(drawn_bias(1, T, 1, 5), drawn_bias(1, T, 1, 5))
         None,
         ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)),
         FACTORED,
-        DenseBias(drawn_bias(1, 1, T, T)) + FACTORED + DenseBias(drawn_bias(1, 4, T, 1)),
+        SUM,
         CoALiBi(jnp.asarray([0.3, -0.7, 1.7, 2.9], jnp.float32)),
     ],
     ids=["none", "alibi", "factored", "sum", "co_alibi"],

@@ -307,5 +307,12 @@ def _counted(shape: tuple[int, ...]) -> Int[Array, "*axes"]:
 
 
 def _taken(x: Array, index: Array) -> Array:
-    """Entries along the last axis; no two alike, so that a gradient adds nothing up."""
-    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+    """Entries along the last axis; no two alike, so that a gradient adds nothing up.
+
+    Of what a map varies in the index alone there is one copy for each of its elements:
+    their gradients would meet in one, in whatever order a GPU adds them.
+    """
+    none = jnp.sum(index, -1, keepdims=True) * 0
+    return jnp.take_along_axis(
+        x + none.astype(x.dtype), index, axis=-1, mode="promise_in_bounds"
+    )
