@@ -1,5 +1,6 @@
 """No digits are lost to the size of scores, of slopes or of the log-sum-exp."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, Bias, CoALiBi, DenseBias, FactoredBias, Softmax
+from pallas_attn import (
+    ALiBi,
+    Bias,
+    CoALiBi,
+    DenseBias,
+    dot_product_attention,
+    FactoredBias,
+    Softmax,
+)
 from pallas_attn.testing.cases import Sample
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -127,3 +136,30 @@ def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
     config = SMALL_CONTEXTUAL if isinstance(bias, CoALiBi) else SMALL
     options = {"implementation": implementation, "config": config, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_a_whole_row_has_leaves_its_only_key_all_weight(dtype, implementation):
+    """A row's own -1e12 beside a key's -9984: float32 has no room for their sum."""
+    rng = np.random.default_rng(3)
+    query, key, value, do = (
+        jnp.asarray(rng.standard_normal((1, 37, 4, 80)), dtype) for _ in range(4)
+    )
+    rows = jnp.asarray([0.0, -1e9, 1e9, -1e12], jnp.float32)[None, :, None, None]
+    bias = DenseBias(jnp.broadcast_to(rows * 1.1, (1, 4, 37, 1)))
+    bias = bias + DenseBias(jnp.full((1, 1, 1, 37), -9984.0, jnp.float32))
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(
+            query, key, value, bias, local_window_size=0, config=SMALL,
+            implementation=implementation,
+        )  # fmt: skip
+
+    output, back = jax.vjp(attend, query, key, value)
+    dq, dk, dv = back(do)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=4e-3)
+    close(output, value)
+    close(dv, do)
+    close(dq.astype(jnp.float32), np.zeros(dq.shape), atol=0.1)
+    close(dk.astype(jnp.float32), np.zeros(dk.shape), atol=0.1)

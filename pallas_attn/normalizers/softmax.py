@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ LN2 = 1 / LOG2E
 # 2^ROOM, so that their sums with values of 2^50 stay finite, and a row's largest score
 # may lie SPREAD below what weights count from; else its true maximum is found first.
 ROOM, SPREAD = 60.0, 100.0
+# Up to this a bound, in log2, is right to a number beside which ROOM is large.
+WIDEST = 2.0**24
 
 Exp2 = Callable[[jax.Array], jax.Array]
 
@@ -60,9 +62,36 @@ def lowest(scale: float) -> float:
     return NO_WEIGHT * (1 - 1e-6) / scale
 
 
-def peak(m: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
-    """The running maximum of x + row, [queries]."""
-    return jnp.maximum(m, jnp.max(x, 1) + row)
+class Peak(NamedTuple):
+    """The score that weights of a row count from, in units of q.k, [queries].
+
+    Args:
+        high: The score.
+        low: What it lacks, where a row may have a term of its own as large as -1e9:
+            beside that float32 has no room for the others. None: nothing.
+    """
+
+    high: jax.Array
+    low: jax.Array | None
+
+    def above(self, other: Peak) -> jax.Array:
+        """By how much it is the larger."""
+        more = self.high - other.high
+        if self.low is None or other.low is None:
+            return more
+        return more + (self.low - other.low)
+
+
+def peak(m: Peak, x: jax.Array, row: jax.Array) -> Peak:
+    """The running maximum of x + row."""
+    top = jnp.max(x, 1)
+    high = top + row
+    if m.low is None:
+        return Peak(jnp.maximum(m.high, high), None)
+    part = high - top  # what rounding took from the sum (Knuth)
+    low = (top - (high - part)) + (row - part)
+    more = (high > m.high) | ((high == m.high) & (low > m.low))
+    return Peak(jnp.where(more, high, m.high), jnp.where(more, low, m.low))
 
 
 def exponent(x: jax.Array, base: jax.Array, mul: float, large: bool) -> jax.Array:
@@ -74,19 +103,21 @@ def exponent(x: jax.Array, base: jax.Array, mul: float, large: bool) -> jax.Arra
 
 
 def rescaled(
-    m: jax.Array, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2, large: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    m: Peak, x: jax.Array, row: jax.Array, mul: float, exp2: Exp2, large: bool
+) -> tuple[jax.Array, jax.Array, Peak]:
     """Online softmax: (weights of this tile, factor for what came before, maximum)."""
     new = peak(m, x, row)
     weights = relative(x, row, new, mul, exp2, large)
-    return weights, exp2((m - new) * mul), new
+    return weights, exp2(m.above(new) * mul), new
 
 
 def relative(
-    x: jax.Array, row: jax.Array, base: jax.Array, mul: float, exp2: Exp2, large: bool
+    x: jax.Array, row: jax.Array, base: Peak, mul: float, exp2: Exp2, large: bool
 ) -> jax.Array:
-    """Weights of a tile relative to that of the score `base`, [queries]."""
-    return exp2(exponent(x, (base - row)[:, None], mul, large))
+    """Weights of a tile relative to that of the score `base`."""
+    e = exponent(x, (base.high - row)[:, None], mul, large)
+    # last: beside a large difference what it lacks would be lost
+    return exp2(e if base.low is None else e - (base.low * mul)[:, None])
 
 
 def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:

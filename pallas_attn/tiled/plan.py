@@ -23,6 +23,7 @@ class Plan:
 
     pruned: bool
     large: bool  # no digit may be lost to the size of scores: lse is kept in two
+    rowed: bool  # so large may be what a whole row has: its peak is kept in two as well
     two: bool  # far blocks on both sides of the diagonal are told apart
     flock: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
@@ -65,10 +66,12 @@ def plan(
     pruned = call.config.prune and bounded and several
     sided = any(t.sided for t in added.terms)
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
+    # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
+    large = call.dtype != "bfloat16" or any(f.span and f.steep for f in every)
     forward = Plan(
         pruned=pruned,
-        # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
-        large=call.dtype != "bfloat16" or any(f.span and f.steep for f in every),
+        large=large,
+        rowed=large and any(f.span == "q" and f.steep for f in every),
         two=(pruned or sided) and not call.causal and not sight.arrays.placed,
         flock=_flock(call.B) if over_batch else 1,
         dense=bool(full),

@@ -11,11 +11,13 @@ from pallas_attn.normalizers.softmax import (
     LOG2E,
     log_sum,
     lowest,
+    Peak,
     peak,
     relative,
     rescaled,
     ROOM,
     SPREAD,
+    WIDEST,
 )
 from pallas_attn.tiled.block_ranges import covers
 from pallas_attn.tiled.operands import Forward, Operands
@@ -41,7 +43,7 @@ f32 = jnp.float32
 i32 = jnp.int32
 
 # What a program has of its rows: output, largest score, sum of weights.
-Sums = tuple[jax.Array, jax.Array, jax.Array]
+Sums = tuple[jax.Array, Peak, jax.Array]
 
 
 def forward_kernel(
@@ -64,7 +66,7 @@ def forward_kernel(
         return exp2(call, x)
 
     def scores(t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        return row_scores(t, q, qs, ops.k, ops.added, held)
+        return row_scores(t, q, qs, ops.k, ops.added, held, plan.large)
 
     def weighted(t: Tile, weights: jax.Array, visible: jax.Array | None) -> jax.Array:
         v, drop = t.seen_keys(visible, t.keys(ops.v)), drop_on(t)
@@ -83,12 +85,13 @@ def forward_kernel(
 
     veiled = ops.sight.veiled
     zero = jnp.zeros((t0.bq,), f32)
-    state = (zeros(t0.bq, ops.v), zero + lowest(call.scale), zero)
+    start = Peak(zero + lowest(call.scale), zero if plan.rowed else None)
+    state = (zeros(t0.bq, ops.v), start, zero)
     acc, m, l = w.near_loop(near, state)
     far = schedule.all_far(w.sides)
     if plan.pruned:
         reach = reach_of(call, q, qs)
-        sums = jnp.where(t0.inside_rows(), m * mul + jnp.log2(l), jnp.inf)
+        sums = jnp.where(t0.inside_rows(), m.high * mul + jnp.log2(l), jnp.inf)
         far = far_keys(t0, w, ops, held, pruning, reach, jnp.min(sums))
         assert out.reach is not None
         store_number(out.reach, (t0.b, t0.h, t0.q0 // i32(t0.bq)), reach)
@@ -98,17 +101,23 @@ def forward_kernel(
         #
         # Rare: scores that may spread further first get their true maximum, by a plain
         # loop that costs nothing where it does not run.
-        wide = ~(far.top - jnp.min(m) * mul <= ROOM + SPREAD)  # NaN too
+        least = jnp.min(m.high) * mul
+        wide = ~(far.top - least <= ROOM + SPREAD)  # NaN too
+        if plan.rowed:  # a bound as rounded may be far below what it bounds
+            wide |= jnp.abs(least) > WIDEST
 
-        def find(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def find(state: tuple[jax.Array, Peak]) -> tuple[jax.Array, Peak]:
             t, m = state
             x, row, _ = scores(at_keys(t0, *far.at(t), edge=veiled))
             return t + 1, peak(m, x, row)
 
         top = lax.while_loop(lambda s: wide & (s[0] < far.count), find, (i32(0), m))[1]
         lift = jnp.where(wide, -jnp.inf, far.top - ROOM)
-        base = jnp.maximum(top, lift * (1 / mul))
-        old = power((m - base) * mul)
+        lift = lift * (1 / mul)
+        base = Peak(jnp.maximum(top.high, lift), top.low)
+        if top.low is not None:
+            base = base._replace(low=jnp.where(lift > top.high, 0.0, top.low))
+        old = power(m.above(base) * mul)
 
         def rest(
             j: Index, side: Scalar, state: tuple[jax.Array, jax.Array]
@@ -132,8 +141,9 @@ def forward_kernel(
     if call.dropout:
         acc = acc * rescale(call)
     t0.put_rows(out.o, acc / jnp.where(l == 0, 1.0, l)[:, None])
-    t0.put_stat(out.lse, log_sum(base * mul, l))
+    t0.put_stat(out.lse, log_sum(base.high * mul, l))
     if out.peak is not None and out.total is not None:
-        t0.put_stat(out.peak, jnp.where(l == 0, jnp.inf, base))
-        t0.put_stat(out.total, jnp.log2(jnp.where(l == 0, 1.0, l)))
+        total = jnp.log2(jnp.where(l == 0, 1.0, l))
+        t0.put_stat(out.peak, jnp.where(l == 0, jnp.inf, base.high))
+        t0.put_stat(out.total, total if base.low is None else total + base.low * mul)
     report(out.visits, t0, t0.q0 // i32(t0.bq), visits(w, far))

@@ -46,7 +46,8 @@ class SoftmaxRows:
         else:
             for r in rest:
                 s = s - product(t.call, r, -inverse)  # as the forward pass rounds it
-            base = t.along_q(self.peak) - product(t.call, row, inverse)
+            row = product(t.call, row, inverse, always=True)
+            base = t.along_q(self.peak) - row
             e = exponent(s, base, mul, large=True) - t.along_q(self.total)
         if visible is not None:
             e = jnp.where(visible, e, -jnp.inf)

@@ -30,14 +30,16 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
     return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
 
 
-def product(call: Call, x: Scalar, factor: float) -> Scalar:
-    """A multiple of x, rounded where every dot is IEEE float32.
+def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Scalar:
+    """A multiple of x, rounded where every dot is IEEE float32, or always.
 
     Else a compiler makes one multiply-add of it and a sum wherever it likes, and the
     same score is rounded otherwise in another pass.
     """
     # a single number is multiplied once, at the start
-    if isinstance(x, int | float) or not x.ndim or not call.exact:
+    if isinstance(x, int | float) or not x.ndim:
+        return x * factor
+    if not (call.exact or always):
         return x * factor
     if call.interpret:  # a choice between products is no product
         y = x * factor

@@ -71,10 +71,12 @@ def row_scores(
     k: Ref,
     added: Added,
     held: Values,
+    large: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(x, row, visible): scores x + row in units of q.k, x = -inf where hidden.
 
     q, qs: of the queries of the tile; k: the ref of all keys.
+    large: what a whole row has may be so large that all passes must round it alike.
     """
     inverse = 1.0 / t.call.scale
     several = len(added.terms) + len(added.products) > 1
@@ -88,7 +90,8 @@ def row_scores(
     visible = t.visible
     if visible is not None:
         x = jnp.where(visible, x, -jnp.inf)
-    row = jnp.broadcast_to(product(t.call, row, inverse), (t.bq, 1)).reshape(t.bq)
+    row = product(t.call, row, inverse, always=large)
+    row = jnp.broadcast_to(row, (t.bq, 1)).reshape(t.bq)
     return x, t.seen_queries(visible, row), visible
 
 
