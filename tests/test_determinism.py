@@ -87,7 +87,8 @@ def test_gates_that_elements_of_a_map_share_have_one_gradient(given, getkey):
 
     def loss(gate: jax.Array) -> jax.Array:
         def one(x: jax.Array) -> jax.Array:
-            more = {given: x} | ({"query_positions": order} if "key" in given else {})
+            more: dict[str, Any] = {given: x}
+            more |= {"query_positions": order} if "key" in given else {}
             bias = ForgetGate(gate)
             return dot_product_attention(
                 q, k, v, bias, is_causal=True, implementation="xla", **more

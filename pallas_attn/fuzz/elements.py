@@ -100,9 +100,9 @@ class Elements:
                 if len(members) == 1:
                     continue
                 first = members[0]
-                clean = self.values[first][0][name]  # -inf may be its own
+                own = self.values[first][0][name]  # -inf may be a number of its own
                 held = np.stack([bad[n][0][name] for n in members])
-                mixed = np.where((held != clean).all(0), held[0], clean)
+                mixed = np.where((held != own).all(0), held[0], own)
                 for n in members:
                     bad[n][0][name] = mixed
         self.values = [

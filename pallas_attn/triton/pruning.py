@@ -16,6 +16,7 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.online import Online, Sums
 from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
@@ -54,6 +55,27 @@ class Pruning:
     grains: Grains | None = None
     reach: Float[Array, "B N blocks"] | None = None
     floors: Float[Array, "B N grains"] | None = None
+
+    def added_up(
+        self, w: schedule.Walk, online: Online
+    ) -> tuple[Sums, schedule.Remaining]:
+        """What a query block's key blocks make, and the far ones that remained."""
+        t0, edge = online.t0, online.ops.sight.veiled
+        sums = w.near_loop(
+            lambda j, side, s: online.add(at_keys(t0, j, side, edge=True), s),
+            online.start(),
+        )
+        far = schedule.all_far(w.sides)
+        add, state, finish = online.as_before(sums)
+        if online.plan.pruned:
+            reach = reach_of(t0.call, online.q, online.qs)
+            logs = jnp.where(t0.inside_rows(), online.logs(sums), jnp.inf)
+            far = far_keys(t0, w, online.ops, online.held, self, reach, jnp.min(logs))
+            add, state, finish = online.further(far, reach, sums)
+        state = far.loop(
+            lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s), state
+        )
+        return finish(state), far
 
     def over_keys(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,14 @@ def log2(call: Call, x: jax.Array) -> jax.Array:
     return _inline("lg2.approx.ftz.f32 $0, $1;", x, f32)
 
 
+@overload
+def product(
+    call: Call, x: jax.Array, factor: float, *, always: bool = False
+) -> jax.Array: ...
+@overload
+def product(
+    call: Call, x: Scalar, factor: float, *, always: bool = False
+) -> Scalar: ...
 def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Scalar:
     """A multiple of x, rounded where every dot is IEEE float32, or always.
 
