@@ -22,7 +22,7 @@ from pallas_attn.testing.indices import watched
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 from pallas_attn.triton.entmax import route
 from pallas_attn.triton.launch import launch, like
-from pallas_attn.triton.tile import load_where, store_where
+from pallas_attn.triton.memory import load_where, store_where
 
 
 # Calls that between them run every kernel, every plan of a backward and every kind of

@@ -46,7 +46,7 @@ FAULTS = (
     Fault("a mask's edge", "triton/tile.py",
           "checks.append(k <= q)", "checks.append(k < q)", "values"),
     Fault("a range that ends one early", "tiled/block_ranges.py",
-          "least(last, p1 + 1)", "least(last, p1)", "values"),
+          "least(last, p1 + 1)", "least(last, p1)", "positions"),
     Fault("a window's edge", "positions.py",
           "[k >= moved(q, -left)]", "[k >= moved(q, 1 - left)]", "values positions"),
     Fault("a missing scale", "triton/backward.py",

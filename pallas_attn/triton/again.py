@@ -25,7 +25,7 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.launch import launch, like, Made, Program
-from pallas_attn.triton.tile import load_number, load_where
+from pallas_attn.triton.memory import load_number, load_where
 from pallas_attn.types import outline, Ref, Tree
 
 

@@ -25,10 +25,11 @@ from pallas_attn.tiled.fields import Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.dropout import drop_on
+from pallas_attn.triton.memory import store_number
 from pallas_attn.triton.ptx import exp2
 from pallas_attn.triton.schedule import Remaining
 from pallas_attn.triton.scores import row_scores
-from pallas_attn.triton.tile import at_keys, store_number, Tile, zeros
+from pallas_attn.triton.tile import at_keys, Tile, zeros
 from pallas_attn.triton.visitor import Step
 from pallas_attn.types import Ref, Tree
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from pallas_attn.call import Call
 from pallas_attn.tiled.summaries import GRAIN, Sight
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import store_number
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.scores import squared_norm
-from pallas_attn.triton.tile import store_number, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Ref
 
 

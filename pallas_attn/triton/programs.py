@@ -23,8 +23,9 @@ from pallas_attn.tiled.summaries import Frame, frame, Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import load_number, store_number
 from pallas_attn.triton.ptx import uniform
-from pallas_attn.triton.tile import load_number, store_number, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Index, Ref
 
 

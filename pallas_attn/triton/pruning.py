@@ -16,12 +16,13 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.summaries import Extremes, GRAIN
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.memory import load_number
 from pallas_attn.triton.online import Online, Sums
 from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
 from pallas_attn.triton.terms import bound
-from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
+from pallas_attn.triton.tile import at_keys, at_queries, Tile
 from pallas_attn.triton.visitor import Own, Step
 from pallas_attn.types import Index, Ref, State
 

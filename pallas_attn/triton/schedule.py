@@ -33,8 +33,8 @@ from pallas_attn.tiled.block_ranges import (
     queries_in_sight,
 )
 from pallas_attn.tiled.summaries import Extremes, Frame, GRAIN, least, most, Sight
+from pallas_attn.triton.memory import load_blocks, load_number
 from pallas_attn.triton.ptx import uniform
-from pallas_attn.triton.tile import load_blocks, load_number
 from pallas_attn.types import Index, Range, Ref, Scalar, State
 
 

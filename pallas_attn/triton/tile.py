@@ -16,6 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
 from pallas_attn.tiled.summaries import Frame, Sight
+from pallas_attn.triton.memory import both, column, inside, load, store
 from pallas_attn.types import Index, Range, Ref, Scalar, View
 
 
@@ -170,11 +171,11 @@ class Tile:
 
     def rows(self, ref: Ref) -> jax.Array:
         """[bq, H] of an array [#B, T, heads, H]."""
-        return _load(*self._matrix(ref, "q"))
+        return load(*self._matrix(ref, "q"))
 
     def keys(self, ref: Ref) -> jax.Array:
         """[bk, H] of an array [#B, S, heads, H]."""
-        return _load(*self._matrix(ref, "k"))
+        return load(*self._matrix(ref, "k"))
 
     def stat(self, ref: Ref, other: float = 0.0) -> jax.Array:
         """[bq] of a row statistic [B, N, T]; `other` past the end."""
@@ -187,12 +188,12 @@ class Tile:
         """
         if not noted:
             self.note(x)
-        _store(*self._matrix(ref, "q", stored=True), x, ref)
+        store(*self._matrix(ref, "q", stored=True), x, ref)
 
     def put_keys(self, ref: Ref, x: jax.Array) -> None:
         """Store [bk, H] into an array [B, S, heads, H]."""
         self.note(x)
-        _store(*self._matrix(ref, "k", stored=True), x, ref)
+        store(*self._matrix(ref, "k", stored=True), x, ref)
 
     def put_stat(self, ref: Ref, x: jax.Array) -> None:
         """Store [bq] into [B, N, T]."""
@@ -206,27 +207,27 @@ class Tile:
     def carry(self, ref: Ref, lead: tuple[Index, ...], which: int) -> jax.Array:
         """[bq]: number `which` of each row of [*lead, T, 2]."""
         at = ref.at[(*lead, pl.ds(self.q0, self.bq), self.q0 * 0 + which)]
-        return _load(at, _within(self.q0, self.bq, (0, self.call.T), self.call.T))
+        return load(at, inside(self.q0, self.bq, (0, self.call.T), self.call.T))
 
     def put_carry(
         self, ref: Ref, lead: tuple[Index, ...], x: jax.Array, y: jax.Array
     ) -> None:
         """Store two numbers of each row into [*lead, T, 2]."""
         at = ref.at[(*lead, pl.ds(self.q0, self.bq), pl.ds(self.q0 * 0, 2))]
-        ok = _within(self.q0, self.bq, (0, self.call.T), self.call.T)
+        ok = inside(self.q0, self.bq, (0, self.call.T), self.call.T)
         ok = None if ok is None else jnp.broadcast_to(ok[:, None], (self.bq, 2))
         both = jnp.where(jnp.arange(2, dtype=i32)[None, :] == 0, x[:, None], y[:, None])
-        _store(at, ok, both, ref)
+        store(at, ok, both, ref)
 
     def pair(self, ref: Ref) -> jax.Array:
         """A tile of an array [#B, #N, T, S] (of [#B, #N, S, T], if flip)."""
-        return _load(*self._pair(ref, self.flip))
+        return load(*self._pair(ref, self.flip))
 
     def put_pair(
         self, ref: Ref, x: jax.Array, b: Index | None = None, h: Index | None = None
     ) -> None:
         """Store a tile [bq, bk] into an array [#B, #N, T, S], at (b, h) if given."""
-        _store(*self._pair(ref, False, b, h), x, ref)
+        store(*self._pair(ref, False, b, h), x, ref)
 
     def note(self, x: jax.Array) -> None:
         """Set the program's flag, if it has one, where x is not finite."""
@@ -256,8 +257,8 @@ class Tile:
         b, h = self._lead(ref.shape[0], ref.shape[2])
         axis = "q" if home == "query" else "k"
         i0, n, size, limits = self._limits(axis, stored=False)
-        ok = _within(i0, n, limits, size)
-        x = _load(ref.at[b, pl.ds(i0, n), h], ok).astype(f32)
+        ok = inside(i0, n, limits, size)
+        x = load(ref.at[b, pl.ds(i0, n), h], ok).astype(f32)
         return self.along_q(x) if home == "query" else self.along_k(x)
 
     def inside_rows(self) -> jax.Array:
@@ -274,7 +275,7 @@ class Tile:
             return x  # what lies past the array's end is not stored
         k = self.k0 + jnp.arange(self.bk, dtype=i32)
         ok = (k >= lo) & (k < hi)
-        return jnp.where(_column(ok, x.ndim), x, 0.0)
+        return jnp.where(column(ok, x.ndim), x, 0.0)
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """The matrix product, accumulated in float32."""
@@ -342,14 +343,14 @@ class Tile:
         padded = max(16, pl.next_power_of_2(width))
         b, h = self._lead(ref.shape[0], ref.shape[2])
         checks = []
-        rows = _within(i0, n, limits, size)
+        rows = inside(i0, n, limits, size)
         if rows is not None:
             checks.append(rows[:, None])
         if padded != width:
             checks.append((jnp.arange(padded, dtype=i32) < width)[None, :])
         first = jnp.asarray(i0, i32) * 0  # a static 0 is checked against the width
         at = ref.at[b, pl.ds(i0, n), h, pl.ds(first, padded)]
-        return at, _both(checks, (n, padded))
+        return at, both(checks, (n, padded))
 
     def _vector(
         self, ref: Ref, head: tuple[Index, ...], i0: Index, n: int, other: float = 0
@@ -358,12 +359,12 @@ class Tile:
         size = ref.shape[-1]
         b, h = self._lead(ref.shape[0], ref.shape[1] if head else self.call.N)
         at = ref.at[(b, h, pl.ds(i0, n)) if head else (b, pl.ds(i0, n))]
-        return _load(at, _within(i0, n, (0, size), size), other)
+        return load(at, inside(i0, n, (0, size), size), other)
 
     def _put_vector(self, ref: Ref, i0: Index, n: int, x: jax.Array) -> None:
         b, h = self._lead(*ref.shape[:2])
         size = ref.shape[-1]
-        _store(ref.at[b, h, pl.ds(i0, n)], _within(i0, n, (0, size), size), x, ref)
+        store(ref.at[b, h, pl.ds(i0, n)], inside(i0, n, (0, size), size), x, ref)
 
     def _pair(
         self, ref: Ref, turned: bool, b: Index | None = None, h: Index | None = None
@@ -377,11 +378,11 @@ class Tile:
         for axis, (i0, n, size) in enumerate(
             zip(starts, steps, ref.shape[2:], strict=True)
         ):
-            ok = _within(i0, n, (0, size), size)
+            ok = inside(i0, n, (0, size), size)
             if ok is not None:
                 checks.append(ok[None, :] if axis else ok[:, None])
         at = ref.at[b, h, pl.ds(starts[0], steps[0]), pl.ds(starts[1], steps[1])]
-        return at, _both(checks, steps)
+        return at, both(checks, steps)
 
     def _pair_any(self, ref: Ref, turned: bool) -> jax.Array:
         """An array [#B, #N, #T, #S] on this tile, as small as it is, oriented.
@@ -392,21 +393,21 @@ class Tile:
         queries, keys = ref.shape[2:]
         zero = jnp.asarray(self.b) * i32(0)  # the interpreter wants a traced index
         if queries > 1 and keys > 1:
-            x = _load(*self._pair(ref, turned))
+            x = load(*self._pair(ref, turned))
             return x.T if self.flip and not turned else x
         if keys > 1:
-            ok = _within(self.k0, self.bk, (0, keys), keys)
-            return self.along_k(_load(ref.at[b, h, zero, pl.ds(self.k0, self.bk)], ok))
+            ok = inside(self.k0, self.bk, (0, keys), keys)
+            return self.along_k(load(ref.at[b, h, zero, pl.ds(self.k0, self.bk)], ok))
         if queries > 1:
-            ok = _within(self.q0, self.bq, (0, queries), queries)
-            return self.along_q(_load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
+            ok = inside(self.q0, self.bq, (0, queries), queries)
+            return self.along_q(load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
         return plgpu.load(ref.at[b, h, zero, zero])
 
     def _guard(self, visible: jax.Array | None, axis: int, x: jax.Array) -> jax.Array:
         if visible is None or not self.sight.veiled:
             return x
         seen = jnp.max(visible.astype(i32), axis) > 0
-        return jnp.where(_column(seen, x.ndim), x, jnp.zeros_like(x))
+        return jnp.where(column(seen, x.ndim), x, jnp.zeros_like(x))
 
 
 def _in_order(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -435,48 +436,9 @@ def zeros(n: int, ref: Ref) -> jax.Array:
     return jnp.zeros((n, max(16, pl.next_power_of_2(ref.shape[-1]))), f32)
 
 
-def load_blocks(
-    ref: Ref, lead: tuple[Index, ...], i: jax.Array, ok: jax.Array
-) -> jax.Array:
-    """Entries i (a vector) of ref[*lead, :]; 0 where not ok."""
-    lead = tuple(jnp.broadcast_to(x, i.shape) for x in lead)
-    i = jnp.clip(i, 0, ref.shape[-1] - 1)
-    return plgpu.load(ref.at[(*lead, i)], mask=ok, other=0)
-
-
-def load_all(ref: View) -> jax.Array:
-    """All of a small array, its sides powers of two."""
-    return plgpu.load(ref)
-
-
 def plain_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product, accumulated in float32, whatever precision a call has."""
     return plgpu.dot(a, b)
-
-
-def load_where(at: View, ok: jax.Array) -> jax.Array:
-    """Entries of a view of an array; 0 where not ok."""
-    return plgpu.load(at, mask=ok, other=0)
-
-
-def store_where(at: View, x: jax.Array, ok: jax.Array) -> None:
-    """Write entries of a view of an array, where ok."""
-    plgpu.store(at, x.astype(at.dtype), mask=ok)
-
-
-def store_row(ref: Ref, lead: tuple[Index, ...], x: jax.Array) -> None:
-    """Write all of ref[*lead, :], a power of two long."""
-    plgpu.store(ref.at[(*lead, pl.ds(lead[-1] * 0, x.shape[0]))], x.astype(ref.dtype))
-
-
-def load_number(ref: Ref, index: tuple[Index, ...]) -> jax.Array:
-    """One entry of an array, at traced indices."""
-    return plgpu.load(ref.at[index])
-
-
-def store_number(ref: Ref, index: tuple[Index, ...], x: Index | Scalar) -> None:
-    """Write one entry of an array."""
-    plgpu.store(ref.at[index], jnp.asarray(x).astype(ref.dtype))
 
 
 def _lasting(x: jax.Array) -> jax.Array:
@@ -486,35 +448,3 @@ def _lasting(x: jax.Array) -> jax.Array:
 
 def _iota(n: int) -> jax.Array:
     return jnp.arange(n, dtype=i32).astype(f32)
-
-
-def _within(i0: Index, n: int, limits: Range, size: int) -> jax.Array | None:
-    """[n]: which of i0, i0 + 1, ... lie in the range; None if all of any block do."""
-    if cut_evenly(limits, size, n):
-        return None
-    i = i0 + jnp.arange(n, dtype=i32)
-    ok = i < limits[1]
-    first = limits[0]
-    return ok if isinstance(first, int) and first == 0 else ok & (i >= first)
-
-
-def _column(x: jax.Array, ndim: int) -> jax.Array:
-    """A vector, or the same as a column."""
-    return x if ndim == 1 else x[:, None]
-
-
-def _both(checks: list[jax.Array], shape: tuple[int, ...]) -> jax.Array | None:
-    if not checks:
-        return None
-    return jnp.broadcast_to(functools.reduce(jnp.logical_and, checks), shape)
-
-
-def _load(at: View, mask: jax.Array | None, other: float = 0) -> jax.Array:
-    if mask is None:
-        return plgpu.load(at)
-    fill = bool(other) if at.dtype == jnp.bool_ else other
-    return plgpu.load(at, mask=mask, other=fill)
-
-
-def _store(at: View, mask: jax.Array | None, x: jax.Array, ref: Ref) -> None:
-    plgpu.store(at, x.astype(ref.dtype), mask=mask)

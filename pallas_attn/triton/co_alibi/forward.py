@@ -28,10 +28,11 @@ from pallas_attn.triton.co_alibi.scan import (
 )
 from pallas_attn.triton.dropout import drop_on, rescale
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import store_number
 from pallas_attn.triton.programs import key_runs
 from pallas_attn.triton.ptx import exp2, uniform
 from pallas_attn.triton.scores import dots, squared_norm
-from pallas_attn.triton.tile import at_keys, store_number, Tile, zeros
+from pallas_attn.triton.tile import at_keys, Tile, zeros
 from pallas_attn.types import Index, Ref
 
 

@@ -13,8 +13,9 @@ from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.blocks import shipped_of_co_alibi
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import load_number
 from pallas_attn.triton.programs import frame_of, Grid
-from pallas_attn.triton.tile import load_number, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Ref
 
 

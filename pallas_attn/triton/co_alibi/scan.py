@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.running_sums import two_sum
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LOG2E
+from pallas_attn.triton.memory import load_all, load_number
 from pallas_attn.triton.ptx import sigmoid
-from pallas_attn.triton.tile import load_all, load_number, plain_dot, Tile
+from pallas_attn.triton.tile import plain_dot, Tile
 from pallas_attn.types import Index, Ref
 
 

@@ -20,9 +20,10 @@ from pallas_attn.triton.entmax.support import mark, Support
 from pallas_attn.triton.entmax.sweep import sweep_of
 from pallas_attn.triton.entmax.threshold import Found
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import store_row
 from pallas_attn.triton.programs import query_tile, report, Visits
 from pallas_attn.triton.ptx import uniform
-from pallas_attn.triton.tile import store_row, Tile, zeros
+from pallas_attn.triton.tile import Tile, zeros
 from pallas_attn.triton.visitor import Step
 from pallas_attn.types import Ref
 

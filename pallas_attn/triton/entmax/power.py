@@ -10,8 +10,8 @@ from pallas_attn.bias.base import homes
 from pallas_attn.normalizers.entmax import Functions, Learned, Power, takes_power
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.triton.entmax.call import SparseCall
+from pallas_attn.triton.memory import load_number
 from pallas_attn.triton.ptx import exp2, log2, relu
-from pallas_attn.triton.tile import load_number
 from pallas_attn.types import Index, Ref
 
 

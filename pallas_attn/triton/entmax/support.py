@@ -16,9 +16,10 @@ from pallas_attn.tiled.block_ranges import Runs
 from pallas_attn.tiled.fields import Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
+from pallas_attn.triton.memory import load_number
 from pallas_attn.triton.programs import key_runs, query_runs, side_of, Visits
 from pallas_attn.triton.ptx import uniform
-from pallas_attn.triton.tile import at_keys, at_queries, load_number, Tile
+from pallas_attn.triton.tile import at_keys, at_queries, Tile
 from pallas_attn.triton.visitor import Own, Step
 from pallas_attn.types import Index, Ref, State
 

@@ -27,10 +27,11 @@ from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.support import mark
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import store_row
 from pallas_attn.triton.programs import query_tile
 from pallas_attn.triton.pruning import Grains
 from pallas_attn.triton.ptx import larger
-from pallas_attn.triton.tile import store_row, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Ref
 
 

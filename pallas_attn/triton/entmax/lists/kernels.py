@@ -37,11 +37,12 @@ from pallas_attn.triton.entmax.lists.pairs import (
 )
 from pallas_attn.triton.entmax.power import power_of
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import load_number
 from pallas_attn.triton.programs import frame_of
 from pallas_attn.triton.ptx import uniform
 from pallas_attn.triton.scores import capped, times
 from pallas_attn.triton.terms import hold, on_tile, pullback
-from pallas_attn.triton.tile import load_number, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Index, Ref, Scalar, State
 
 

@@ -18,8 +18,9 @@ from pallas_attn.config import Block
 from pallas_attn.positions import difference
 from pallas_attn.tiled.summaries import Frame, Sight
 from pallas_attn.triton.launch import Program
+from pallas_attn.triton.memory import load_number, load_where, store_where
 from pallas_attn.triton.programs import frame_of, Grid
-from pallas_attn.triton.tile import load_number, load_where, store_where, Tile
+from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Index, Ref
 
 
