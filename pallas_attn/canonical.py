@@ -12,7 +12,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, homes, Place, terms_of
+from pallas_attn.bias.base import Added, Bias, homes, terms_of
+from pallas_attn.bias.region import Place
 from pallas_attn.call import accumulator, Call
 from pallas_attn.cards import shared_kib
 from pallas_attn.checks import (

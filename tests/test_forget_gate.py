@@ -11,7 +11,8 @@ import pytest
 
 import pallas_attn
 from pallas_attn import ALiBi, Block, Config, DenseBias, ForgetGate
-from pallas_attn.bias.base import homes, Place, Region, tile_on
+from pallas_attn.bias.base import homes, tile_on
+from pallas_attn.bias.region import Place, Region
 from pallas_attn.bias.running_sums import MOST
 from pallas_attn.testing.cases import Case, SITUATIONS
 from pallas_attn.testing.evaluate import (

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias, head_home
+from pallas_attn.bias.region import Positions
 from pallas_attn.rules import known
 
 
@@ -51,7 +52,7 @@ class ALiBi(Bias):
                 "0 is NaN. Use `local_window_size=0` to see one position alone."
             )
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """-slope |distance|, part by part."""
         return tuple(-self.slopes * part for part in t.away)
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.bias.region import Place, Positions, product_on, Region, spread
 from pallas_attn.flax_state import serializable
-from pallas_attn.positions import difference
 from pallas_attn.shown import with_fields
 
 
@@ -145,7 +145,7 @@ class Bias:
         """(A, B) of a term that is a product sum_r A_ir B_jr; on whole arrays."""
         return None
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """The term on a tile: a float32 array, or a tuple of parts that add up.
 
         Inside, a field is what its home says, loaded: one number per head, query, key
@@ -271,29 +271,6 @@ class Sum(Bias):
         return tuple(part for term in self.terms for part in term.expand())
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a call puts its queries and keys, its leading axes as they were given.
-
-    offset: of the queries, where positions are implicit; None where they are explicit.
-    key_lengths: keys beyond do not exist.
-    query_segments, key_segments: queries attend to keys of their own segment only.
-    causal: no query attends to a later key.
-    alone: nothing else is added to the scores and there is no mask: a query that sees
-        any key sees the nearest that its segment, window and lengths leave.
-    """
-
-    query_positions: Int[Array, "*#B #N T"]
-    key_positions: Int[Array, "*#B #N S"]
-    offset: int | Int[Array, "*#B"] | None = None
-    key_lengths: Int[Array, "*#B"] | None = None
-    query_segments: Int[Array, "*#B T"] | None = None
-    key_segments: Int[Array, "*#B S"] | None = None
-    causal: bool = False
-    alone: bool = False
-    dtype: Any = jnp.float32
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Added:
@@ -322,25 +299,6 @@ class Added:
         ]
 
 
-@dataclass(frozen=True)
-class Region:
-    """What `tile` sees on whole axes [B, N, T, S], outside the kernels."""
-
-    query_position: Int[Array, "#B #N T 1"]
-    key_position: Int[Array, "#B #N 1 S"]
-    dtype: Any = jnp.float32
-
-    @property
-    def distance(self) -> Float[Array, "#B #N T S"]:
-        """Query position minus key position."""
-        return difference(self.query_position, self.key_position, self.dtype)
-
-    @property
-    def away(self) -> tuple[Float[Array, "#B #N T S"], ...]:
-        """|distance|, as parts."""
-        return (jnp.abs(self.distance),)
-
-
 def homes(term: Bias | type[Bias]) -> dict[str, str]:
     """The fields that have a home, and which."""
     fields = dataclasses.fields(term)
@@ -357,19 +315,6 @@ def parts_of(value: Any) -> tuple[Array, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def spread(home: str, x: Array) -> Array:
-    """A field of whole axes, shaped to broadcast against [B, N, T, S]."""
-    match home:
-        case "head":
-            return (x[None] if x.ndim == 1 else x)[..., None, None]
-        case "query":
-            return jnp.swapaxes(x, 1, 2)[:, :, :, None]
-        case "key":
-            return jnp.swapaxes(x, 1, 2)[:, :, None, :]
-        case _:
-            return x
-
-
 def tile_on(term: Bias, region: Region) -> Float[Array, "#B #N #T #S"]:
     """A term's `tile` on whole axes."""
     return functools.reduce(jnp.add, parts_on(term, region))
@@ -382,18 +327,6 @@ def parts_on(term: Bias, region: Region) -> tuple[Float[Array, "#B #N #T #S"], .
         for name, home in homes(term).items()
     }
     return parts_of(dataclasses.replace(term, **fields).tile(region))
-
-
-def product_on(
-    a: Float[Array, "#B T #N R"], b: Float[Array, "#B S #N R"], dtype: Any
-) -> Float[Array, "#B #N T S"]:
-    """A product on whole axes; in `dtype`, whatever the default precision says."""
-    batch, heads = max(a.shape[0], b.shape[0]), max(a.shape[2], b.shape[2])
-    a, b = (
-        jnp.broadcast_to(x.astype(dtype), (batch, x.shape[1], heads, x.shape[3]))
-        for x in (a, b)
-    )
-    return jnp.einsum("BTNR,BSNR->BNTS", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def as_bias(x: Any) -> Bias:

@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias, pair_home
+from pallas_attn.bias.region import Positions
 
 
 class DenseBias(Bias):
@@ -29,7 +30,7 @@ class DenseBias(Bias):
 
     identity = ("bias",)
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """The loaded tile itself."""
         return self.bias
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_attn.bias.base import Bias, key_home, Place, query_home
+from pallas_attn.bias.base import Bias, key_home, query_home
+from pallas_attn.bias.region import Place, Positions
 from pallas_attn.bias.running_sums import running_sums, Sums
 from pallas_attn.rules import known
 
@@ -104,7 +105,7 @@ class CausalGates(Bias):
     running = True
     steep = False
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """Large numbers first: their difference is exact where it is small."""
         return _of_sums(self), self.query_rest, self.key_rest
 
@@ -124,7 +125,7 @@ class Gates(Bias):
     running = True
     steep = False
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """The difference, for keys before the query."""
         return _before(t, _of_sums(self) + self.query_rest + self.key_rest)
 
@@ -162,7 +163,7 @@ class CausalResets(Bias):
     )
     running = True
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """Large numbers first: resets that a pair shares cancel without a trace."""
         return _of_resets(self), self.query_rest, self.key_rest
 
@@ -183,7 +184,7 @@ class Resets(Bias):
 
     running = True
 
-    def tile(self, t: Any) -> Any:
+    def tile(self, t: Positions) -> Any:
         """The difference, for keys before the query."""
         return _before(t, _of_resets(self) + self.query_rest + self.key_rest)
 

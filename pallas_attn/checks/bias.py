@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.bias.base import Bias, has_tile, homes, Place, Sum
+from pallas_attn.bias.base import Bias, has_tile, homes, Sum
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.region import Place
 from pallas_attn.checks.tile import elementwise
 from pallas_attn.rules import (
     array,

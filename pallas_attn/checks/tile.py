@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_attn.bias.base import Bias, homes, parts_of, Region
+from pallas_attn.bias.base import Bias, homes, parts_of
+from pallas_attn.bias.region import Region
 from pallas_attn.rules import kind
 
 

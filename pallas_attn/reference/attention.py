@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.bias.base import Added, Region
+from pallas_attn.bias.base import Added
+from pallas_attn.bias.region import Region
 from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
 from pallas_attn.problem import Problem

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import spread
 from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.region import spread
 from pallas_attn.problem import Problem
 from pallas_attn.reference.attention import (
     cotangent,

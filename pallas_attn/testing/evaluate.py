@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_attn.api import dot_product_attention
-from pallas_attn.bias.base import as_bias, spread
+from pallas_attn.bias.base import as_bias
 from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.region import spread
 from pallas_attn.canonical import canonical, Request
 from pallas_attn.config import Block, Config
 from pallas_attn.implementations import current_device, Implementation, resolve

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.bias.base import Added, Bias, parts_of
+from pallas_attn.bias.region import Positions
 from pallas_attn.call import NO_WEIGHT
 from pallas_attn.tiled.fields import (
     Field,
@@ -27,7 +28,7 @@ from pallas_attn.types import Index, Ref, Scalar
 f32 = jnp.float32
 
 
-class Place(Protocol):
+class Ground(Positions, Protocol):
     """What terms are looked at on: a tile, or listed pairs of queries and keys."""
 
     @property
@@ -67,12 +68,12 @@ class Place(Protocol):
         """One number per query, shaped to broadcast."""
         ...
 
-    def settled(self) -> Place:
+    def settled(self) -> Ground:
         """With explicit positions read: a load cannot be differentiated through."""
         ...
 
 
-Where = TypeVar("Where", bound=Place)
+Where = TypeVar("Where", bound=Ground)
 
 
 def hold(added: Added, t: Tile, spans: Iterable[str]) -> Values:
@@ -106,7 +107,7 @@ def _kept(terms: tuple[Bias, ...], t: Tile) -> jax.Array:
     )
 
 
-def parts(terms: tuple[Bias, ...], t: Place) -> tuple[Scalar, list[jax.Array]]:
+def parts(terms: tuple[Bias, ...], t: Ground) -> tuple[Scalar, list[jax.Array]]:
     """(row, rest): the sum of what does not depend on the key, and all that does."""
     row, rest = 0.0, []
     for term in terms:
@@ -119,7 +120,7 @@ def parts(terms: tuple[Bias, ...], t: Place) -> tuple[Scalar, list[jax.Array]]:
 
 
 def pullback(
-    terms: tuple[Bias, ...], mine: tuple[Field, ...], t: Place
+    terms: tuple[Bias, ...], mine: tuple[Field, ...], t: Ground
 ) -> Callable[[jax.Array], Values]:
     """What takes dS to gradients of the fields `mine`, by JAX's own vjp of `tile`.
 

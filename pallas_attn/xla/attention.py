@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_attn.bias.base import Added, has_tile, homes, Region
+from pallas_attn.bias.base import Added, has_tile, homes
+from pallas_attn.bias.region import Region
 from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
 from pallas_attn.normalizers.entmax import Entmax

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Region, spread
+from pallas_attn.bias.base import Added
 from pallas_attn.bias.co_alibi import CoALiBi
+from pallas_attn.bias.region import Region, spread
 from pallas_attn.problem import Problem
 from pallas_attn.visibility import weighty
 from pallas_attn.xla.attention import in_chunks, Logits

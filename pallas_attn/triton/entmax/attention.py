@@ -10,8 +10,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from pallas_attn.bias.base import Added, Bias, homes, parts_on, Region
+from pallas_attn.bias.base import Added, Bias, homes, parts_on
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.region import Region
 from pallas_attn.problem import Problem
 from pallas_attn.tiled.autodiff import share, wanted_of
 from pallas_attn.tiled.operands import Operands, Wanted
