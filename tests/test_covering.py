@@ -41,7 +41,15 @@ def test_a_row_that_adds_nothing_is_left_out(names):
     assert len(kept) <= max(1, len(pairs))
 
 
+@every_table
+def test_of_a_law_that_takes_long_few_rows_stay(names):
+    kept = covering(names, 2)
+    assert len(kept) <= 2
+    assert {*kept} <= {*covering(names)}
+
+
 def test_each_law_has_its_own_rows():
     ids = [f"test_{law}[{row}]" for law in "ab" for row in ("x", "y", "y-z", "3", "4")]
     assert outside(ids) == {f"test_{law}[{row}]" for law in "ab" for row in ("y", "4")}
     assert outside(["test_a", "test_b"]) == set()
+    assert len(outside(ids, {"test_a": 1})) == len(outside(ids)) + 2

@@ -214,6 +214,7 @@ def test_the_same_weights_are_kept_everywhere(implementation, bias, normalizer):
 
 # "dropout" and "dropout GQA soft cap" are situations of the table: every law there
 # holds for some bias with them. Here for all of the kernels.
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("bias", KINDS)
 def test_every_gradient_of_every_bias(bias):
     case = Case(bias, "dropout GQA soft cap")

@@ -159,6 +159,7 @@ def in_numpy(scores, alpha, top_k):
     return np.maximum(x - low[:, None], 0) ** (1 / a), low
 
 
+@pytest.mark.at_most(8)
 @pytest.mark.parametrize(("case", "residual", "implementation"), PLACED, ids=str)
 def test_values_and_every_gradient(case, residual, implementation):
     sample = case.sample()

@@ -92,6 +92,7 @@ def test_positions_given_or_counted_are_the_same(implementation):
     assert_formula(got, np.asarray(want, np.float64))
 
 
+@pytest.mark.at_most(4)
 @everywhere
 @pytest.mark.parametrize("situation", PLACED)
 def test_every_gradient(situation, implementation):
@@ -152,6 +153,7 @@ def counted(length, first=0):
     return first + jnp.arange(length, dtype=jnp.int32)[None, None]
 
 
+@pytest.mark.at_most(4)
 @pytest.mark.parametrize("size", RESETS)
 def test_a_reset_costs_nothing_of_what_comes_after(size):
     """Value by value; at -1e30 and below it has no weight, whatever it is."""
@@ -164,6 +166,7 @@ def test_a_reset_costs_nothing_of_what_comes_after(size):
     assert (found <= 1e-3).all()
 
 
+@pytest.mark.at_most(4)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", RESETS)
 def test_alone_a_reset_is_far_below_all_else(size, causal):
@@ -178,6 +181,7 @@ def test_alone_a_reset_is_far_below_all_else(size, causal):
     assert (found[before & ~near] < -0.99 * MOST).all()
 
 
+@pytest.mark.at_most(4)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", RESETS)

@@ -37,6 +37,7 @@ everywhere = pytest.mark.parametrize("implementation", implementations())
 residuals = [(case, place % 2 == 0) for place, case in enumerate(cases())]
 
 
+@pytest.mark.at_most(28)
 @everywhere
 @pytest.mark.parametrize(("case", "residual"), residuals, ids=str)
 def test_float32_is_exact(case, residual, implementation):
@@ -47,6 +48,7 @@ def test_float32_is_exact(case, residual, implementation):
     assert_formula((values, got), true_gradients(case, residual))
 
 
+@pytest.mark.at_most(5)
 @everywhere
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", KINDS)
@@ -61,6 +63,7 @@ def test_16_bits_round_like_xla(bias, dtype, implementation):
     assert_rounding(got, peer, true_gradients(case, False)[1], GRADIENT_RATIO)
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("bias", KINDS)
 def test_float64_never_goes_through_float32(bias, implementation):
@@ -95,6 +98,7 @@ def test_a_narrow_shared_bias_is_summed_in_float32(implementation):
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("bias", KINDS)
 def test_the_written_backward_is_that_of_autodiff(bias):
     """The third side of the triangle: the algebra that the kernels compute, densely."""

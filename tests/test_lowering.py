@@ -130,6 +130,7 @@ def compiles(test):
     return pytest.mark.machine_code(skip(test))
 
 
+@pytest.mark.at_most(14)
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_case_lowers(case):
     """In float32 and ragged; the other dtypes below."""

@@ -32,6 +32,7 @@ WEIGHTLESS = [-jnp.inf, -3e38, -1e30]
 everywhere = pytest.mark.parametrize("implementation", implementations())
 
 
+@pytest.mark.at_most(6)
 @everywhere
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("bias", KINDS)

@@ -41,6 +41,7 @@ BACKWARDS = {
 }
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda x: x.__name__)
 @pytest.mark.parametrize("features", SHARED)
 def test_jax_nn_computes_the_same(features, dtype):
@@ -70,6 +71,7 @@ def test_jax_nn_computes_the_same(features, dtype):
         assert_formula(got, want)
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("situation", ["full", "empty rows", "all at once"])
 @pytest.mark.parametrize("bias", KINDS)
 def test_the_written_backward_is_the_derivative(bias, situation):

@@ -50,6 +50,7 @@ def test_no_retrace_for_equal_shapes(bias, implementation):
         once(sample.operands, sample.conditions, sample.cotangents)
 
 
+@pytest.mark.at_most(4)
 @everywhere
 @pytest.mark.parametrize(
     ("bias", "mapped"),
@@ -168,6 +169,7 @@ def test_without_jit(bias, implementation):
     assert_formula(got, true_gradients(case))
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.parametrize("bias", KINDS)
 def test_jvp_and_second_order_of_plain_jax(bias):
     """A Hessian-vector product, forward over reverse and reverse over reverse."""

@@ -29,6 +29,7 @@ from pallas_attn.testing.numerics import (
 everywhere = pytest.mark.parametrize("implementation", implementations())
 
 
+@pytest.mark.at_most(5)
 @everywhere
 @pytest.mark.parametrize("bias", KINDS)
 def test_float32_is_exact_alone(bias, implementation):
@@ -40,6 +41,7 @@ def test_float32_is_exact_alone(bias, implementation):
     assert_formula(got, true_values(case))
 
 
+@pytest.mark.at_most(5)
 @everywhere
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", KINDS)
@@ -53,6 +55,7 @@ def test_16_bits_round_like_xla(bias, dtype, implementation):
     assert_rounding(got, peer, want, OUTPUT_RATIO)
 
 
+@pytest.mark.at_most(5)
 @everywhere
 @pytest.mark.parametrize("bias", KINDS)
 def test_float32_agrees_with_jax_nn(bias, implementation):

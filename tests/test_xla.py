@@ -26,6 +26,7 @@ XLA = {"implementation": "xla", **EXACT}
 MIB = 2**20
 
 
+@pytest.mark.at_most(8)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bias", ["dense-1NTS", "co_alibi"])
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -34,6 +35,7 @@ def test_chunks_are_the_whole_in_every_situation(situation, bias):
     assert_formula(gradients(case.sample(), **XLA), true_gradients(case))
 
 
+@pytest.mark.at_most(5)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "bias",
