@@ -22,7 +22,7 @@ from pallas_attn.checks import (
 )
 from pallas_attn.config import Config
 from pallas_attn.implementations import current_device, Implementation, resolve
-from pallas_attn.normalizers.entmax import Entmax, takes_power
+from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
 from pallas_attn.shapes import flattened, Sizes
@@ -151,8 +151,6 @@ def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | 
     top_k = None if top_k is None or top_k >= sizes.S else int(top_k)
     if not isinstance(alpha, int | float):
         return Entmax(alpha.astype(dtype)[None], top_k)
-    if not takes_power(alpha):
-        alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
     return Softmax() if alpha == 1 and top_k is None else Entmax(alpha, top_k)
 
 

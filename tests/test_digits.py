@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn import ALiBi, Bias, CoALiBi, DenseBias, FactoredBias, Softmax
+from pallas_attn import ALiBi, Bias, CoALiBi, DenseBias, Entmax, FactoredBias, Softmax
 from pallas_attn.testing.cases import Sample
 from pallas_attn.testing.evaluate import (
     EXACT,
@@ -15,6 +15,7 @@ from pallas_attn.testing.evaluate import (
     implementations,
     SMALL,
     SMALL_CONTEXTUAL,
+    SMALL_ENTMAX,
     truth,
 )
 from pallas_attn.testing.numerics import assert_formula
@@ -115,7 +116,9 @@ FACTORED = FactoredBias(drawn_bias(1, T, 1, 5), drawn_bias(1, T, 1, 5))
         None,
         ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)),
         FACTORED,
-        DenseBias(drawn_bias(1, 1, T, T)) + FACTORED + DenseBias(drawn_bias(1, 4, T, 1)),
+        DenseBias(drawn_bias(1, 1, T, T))
+        + FACTORED
+        + DenseBias(drawn_bias(1, 4, T, 1)),
         CoALiBi(jnp.asarray([0.3, -0.7, 1.7, 2.9], jnp.float32)),
     ],
     ids=["none", "alibi", "factored", "sum", "co_alibi"],
@@ -125,4 +128,14 @@ def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
     drawn = saturated(bias, causal)
     config = SMALL_CONTEXTUAL if isinstance(bias, CoALiBi) else SMALL
     options = {"implementation": implementation, "config": config, **EXACT}
+    assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("offset", [0, T, 2**20])
+def test_so_is_one_of_entmax(offset, implementation):
+    """Also of queries so far away that float32 holds no digit of their scores."""
+    drawn = saturated(ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)), False)
+    drawn.settings.update(normalizer=Entmax(1.5), query_offset=offset)
+    options = {"implementation": implementation, "config": SMALL_ENTMAX, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))

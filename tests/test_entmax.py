@@ -358,6 +358,16 @@ def test_every_alpha_has_its_digits():
             )
 
 
+@everywhere_and_dense
+@pytest.mark.parametrize("alpha", [1 + 1e-9, 1.0001, 1.001, 1.01, 1.05, 1.1, 1.3])
+def test_a_number_has_the_digits_of_alpha_minus_1(alpha, implementation):
+    """Tau holds alpha - 1 times the largest score, here up to 5000."""
+    drawn = np.random.default_rng(0).normal(size=(16, 37)) * 2
+    scores = np.float32(drawn + np.linspace(-5000, 5000, 16)[:, None])
+    got = weights_of(jnp.asarray(scores), Entmax(alpha), implementation)
+    assert_formula(got, in_numpy(scores, alpha, None))
+
+
 @everywhere
 def test_a_learned_alpha_is_a_static_one(implementation):
     sample = Case("alibi", "causal", (), "entmax 1.5").sample()
@@ -376,7 +386,7 @@ def test_the_derivative_by_alpha_is_that_of_differences(alpha, top_k):
     with jax.enable_x64(True):
         t = 2 * jax.random.normal(jax.random.key(0), (30, 53), jnp.float64)
         t = jnp.where(largest(t, top_k), t, -jnp.inf)
-        at = lambda alpha: entmax(t, jnp.full((1, 1), alpha))
+        at = lambda alpha: entmax(t, jnp.full((1, 1), alpha) - 1)
         step, of_tau = 1e-5, None
         if alpha - 1 < step:  # one-sided, of the same order
             (x, _), (y, _), (z, _) = (at(alpha + i * step) for i in range(3))
