@@ -23,7 +23,7 @@ from pallas_attn.checks import (
 )
 from pallas_attn.config import Config
 from pallas_attn.implementations import current_device, Implementation, resolve
-from pallas_attn.normalizers.entmax import Entmax, takes_power
+from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
 from pallas_attn.shapes import flattened, Sizes
@@ -33,8 +33,9 @@ from pallas_attn.visibility import positions, Visibility
 # Axes of a field behind the leading ones.
 RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3}
 
-# Scales below this are multiplied into the query: kernels divide factors by the scale.
-LEAST_SCALE = 2.0**-20
+# Of scales beyond these a power of two is multiplied into the query: kernels divide by
+# the scale what is added to scores, down to -1e30.
+LEAST_SCALE, MOST_SCALE = 2.0**-20, 2.0**100
 
 
 class Request(NamedTuple):
@@ -152,8 +153,6 @@ def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | 
     top_k = None if top_k is None or top_k >= sizes.S else int(top_k)
     if not isinstance(alpha, int | float):
         return Entmax(alpha.astype(dtype)[None], top_k)
-    if not takes_power(alpha):
-        alpha = float(jnp.dtype(dtype).type(alpha))  # near 1 as an array of it would be
     return Softmax() if alpha == 1 and top_k is None else Entmax(alpha, top_k)
 
 
@@ -168,8 +167,14 @@ def _scaled(
         return _times(q.astype(wide), scale.astype(wide)).astype(q.dtype), 1.0
     if scale < 0:
         q, scale = -q, -scale
-    if scale < LEAST_SCALE:
-        return q * jnp.asarray(scale, q.dtype), 1.0
+    if scale == 0:
+        return q * jnp.asarray(0, q.dtype), 1.0
+    least = min(max(scale, LEAST_SCALE), MOST_SCALE)
+    exponent = math.frexp(scale)[1] - math.frexp(least)[1]
+    if exponent:  # exact, but for what is too small to matter
+        factor = 2.0**exponent
+        wide = q.astype(accumulator(q.dtype)) * factor
+        return wide.astype(q.dtype), scale / factor
     return q, scale
 
 

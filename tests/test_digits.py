@@ -14,6 +14,7 @@ from pallas_attn import (
     CoALiBi,
     DenseBias,
     dot_product_attention,
+    Entmax,
     FactoredBias,
     Softmax,
 )
@@ -24,6 +25,7 @@ from pallas_attn.testing.evaluate import (
     implementations,
     SMALL,
     SMALL_CONTEXTUAL,
+    SMALL_ENTMAX,
     truth,
 )
 from pallas_attn.testing.numerics import assert_formula
@@ -87,6 +89,36 @@ def test_large_scores_are_as_exact_as_small_ones(name, implementation):
     drawn = sample(name)
     options = {"implementation": implementation, "config": SMALL, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("exponent", "size"), [(-22, 2.0**11), (36, 2.0**-6)])
+@pytest.mark.parametrize("normalizer", [Softmax(), Entmax(1.5, 3)], ids=repr)
+def test_no_scale_costs_digits(normalizer, exponent, size, dtype, implementation):
+    """Queries and keys are as much smaller: scores stay, gradients are that multiple.
+
+    size: of cotangents, for gradients that float16 holds.
+    """
+    seeds = jax.random.split(jax.random.key(0), 4)
+    drawn = (jax.random.normal(x, (1, 17, 2, 16)) for x in seeds)
+    q, k, v, do = ((jnp.round(4 * x) / 4).astype(dtype) for x in drawn)
+    do = do * jnp.asarray(size, dtype)
+
+    def found(exponent: int) -> Any:
+        factor = jnp.asarray(2.0 ** (-exponent // 2), dtype)
+        call = lambda q, k, v: dot_product_attention(
+            q, k, v, scale=0.3 * 2.0**exponent, normalizer=normalizer,
+            implementation=implementation, **EXACT,
+        )  # fmt: skip
+        output, pullback = jax.vjp(call, q * factor, k * factor, v)
+        dq, dk, dv = pullback(do)
+        return output, dq * factor, dk * factor, dv
+
+    unit = float(jnp.finfo(dtype).eps)
+    for got, want in zip(found(exponent), found(0), strict=True):
+        got, want = (np.asarray(x, np.float64) for x in (got, want))
+        assert np.abs(got - want).max() <= unit * np.abs(want).max()
 
 
 def saturated(bias: Bias | None, causal: bool) -> Sample:
@@ -163,3 +195,13 @@ def test_what_a_whole_row_has_leaves_its_only_key_all_weight(dtype, implementati
     close(dv, do)
     close(dq.astype(jnp.float32), np.zeros(dq.shape), atol=0.1)
     close(dk.astype(jnp.float32), np.zeros(dk.shape), atol=0.1)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("offset", [0, T, 2**20])
+def test_so_is_one_of_entmax(offset, implementation):
+    """Also of queries so far away that float32 holds no digit of their scores."""
+    drawn = saturated(ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32)), False)
+    drawn.settings.update(normalizer=Entmax(1.5), query_offset=offset)
+    options = {"implementation": implementation, "config": SMALL_ENTMAX, **EXACT}
+    assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))

@@ -359,6 +359,33 @@ def test_every_alpha_has_its_digits():
             )
 
 
+@pytest.mark.parametrize("largest_weight", [1.0, 0.7, 0.4, 0.1, 0.01])
+@pytest.mark.parametrize("a", [0.001, 0.1, 0.3, 0.5, 0.75, 0.999, 1.0])
+def test_the_derivative_by_alpha_has_its_digits(a, largest_weight):
+    """And is a number where a score is at the threshold but for rounding."""
+    a = float(np.float32(a))
+    learned = Learned(jnp.float32(a))
+    level = jnp.float32(learned.level_of(largest_weight))
+    by_alpha = lambda x: learned.by_alpha(jnp.float32(x), jnp.float32(0), level, 1.0)
+    gap = largest_weight**a
+    x = -np.linspace(0, 12, 97)
+    z = np.maximum(gap + a * x, 1e-30)
+    h = -(1 - z) / (a * a * z) - np.log(z) / a**2
+    assert_formula(by_alpha(x), np.where(z > 1e-30, z ** (1 / a) * h, 0))
+    edge = -gap / a * (1 + 2.0**-24 * np.arange(-32, 33))
+    assert np.isfinite(by_alpha(edge)).all()
+
+
+@everywhere_and_dense
+@pytest.mark.parametrize("alpha", [1 + 1e-9, 1.0001, 1.001, 1.01, 1.05, 1.1, 1.3])
+def test_a_number_has_the_digits_of_alpha_minus_1(alpha, implementation):
+    """Tau holds alpha - 1 times the largest score, here up to 5000."""
+    drawn = np.random.default_rng(0).normal(size=(16, 37)) * 2
+    scores = np.float32(drawn + np.linspace(-5000, 5000, 16)[:, None])
+    got = weights_of(jnp.asarray(scores), Entmax(alpha), implementation)
+    assert_formula(got, in_numpy(scores, alpha, None))
+
+
 @everywhere
 def test_a_learned_alpha_is_a_static_one(implementation):
     sample = Case("alibi", "causal", (), "entmax 1.5").sample()
@@ -377,7 +404,7 @@ def test_the_derivative_by_alpha_is_that_of_differences(alpha, top_k):
     with jax.enable_x64(True):
         t = 2 * jax.random.normal(jax.random.key(0), (30, 53), jnp.float64)
         t = jnp.where(largest(t, top_k), t, -jnp.inf)
-        at = lambda alpha: entmax(t, jnp.full((1, 1), alpha))
+        at = lambda alpha: entmax(t, jnp.full((1, 1), alpha) - 1)
         step, of_tau = 1e-5, None
         if alpha - 1 < step:  # one-sided, of the same order
             (x, _), (y, _), (z, _) = (at(alpha + i * step) for i in range(3))

@@ -166,6 +166,19 @@ def test_a_reset_costs_nothing_of_what_comes_after(size):
     assert (found <= 1e-3).all()
 
 
+@pytest.mark.parametrize("size", RESETS)
+def test_nor_in_a_long_row(size):
+    """Of the last query, from which the truth adds up backwards: no reset is in it."""
+    gates = gates_with(RESETS[size], 32768)
+    after = 1 + max(RESETS[size], default=0)
+    gates[after:, 1] = -0.0051  # of equal gates all are rounded to the same side
+    last = jnp.array([len(gates) - 1], jnp.int32)
+    keys = jnp.arange(len(gates), dtype=jnp.int32)
+    found = ForgetGate(jnp.asarray(gates[None])).materialise(last, keys)[0, :, 0]
+    later = np.cumsum(gates[:0:-1].astype(np.float64), 0)[::-1].T
+    assert_long_sum(found[:, after:-1], later[:, after:])
+
+
 @pytest.mark.at_most(4)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", RESETS)

@@ -191,6 +191,17 @@ def test_exact_calls_lower_in_a_process_with_x64(bias, normalizer):
         assert kernels(case, precision=jax.lax.Precision.HIGHEST)
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "entmax 1.5", "entmax learned"])
+def test_every_pass_rounds_a_bias_alike(normalizer):
+    """In scores of IEEE float32: a multiply-add in one pass would be another score."""
+    case = Case("alibi", "full", (), normalizer).at(dtype="float32")
+    how = {"config": small("alibi", normalizer), "precision": jax.lax.Precision.HIGHEST}
+    rounded = {k.name: "mul.rn.f32" in triton_ir(k) for k in kernels(case, **how)}
+    assert {"rows_kernel", "cols_kernel"} <= {*rounded}
+    without_scores = {"delta_kernel", "norms_kernel"}
+    assert {name for name, x in rounded.items() if not x} <= without_scores
+
+
 @compiles
 @pytest.mark.parametrize("arch", [n for n in DEVICES if SHARED_LIMIT[n] > SMALL])
 @pytest.mark.parametrize("case", SHIPPED, ids=named)

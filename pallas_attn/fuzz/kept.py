@@ -6,9 +6,14 @@ KEPT: dict[str, tuple[int, ...]] = {
         23,  # log gates of -3e38, a part of a whole row's scores
         63,  # a key that a bias takes away, NaN in it
         95,  # -1e9 in what all keys of a query share
+        400004,  # alpha of 1.001, whose 0.001 had been rounded with the 1
         200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
+        40,  # bfloat16: an lse of 3e8, which one float32 number holds to 16
+        1169,  # a learned alpha of 2: the log of a weight that was 0 but for rounding
+        1260,  # float16, a scale of 3e6: the query's gradient was rounded before it
+        400004,  # entmax at an offset of 2^20: a multiply-add in one pass alone
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
         100040,  # top_k: a total that is NaN made keys that nobody wrote candidates

@@ -42,6 +42,9 @@ TINY = 1e-30
 # 2^-24 / (alpha - 1) of a weight: functions smooth in alpha are taken, as of an array.
 LEAST_POWER = 0.1
 
+# Of z = 1 - c no float32 number between 0 and 1 is smaller; rounded, it may be 0.
+LEAST_Z = 2.0**-24
+
 Function = Callable[[jax.Array], jax.Array]
 
 
@@ -266,7 +269,9 @@ class Learned:
         )
         near = c < 0.05
         a = jnp.where(near, 1.0, self.a)
-        log_z = self.functions.log2(jnp.where(near | (p == 0), 1.0, 1 - c)) * LN2
+        z = jnp.where(near | (p == 0), 1.0, 1 - c)
+        z = jnp.where(z < LEAST_Z, LEAST_Z, z)  # p is above 0 and so is its z
+        log_z = self.functions.log2(z) * LN2
         h = jnp.where(near, -p * y * y * series, -u * y / a - p * log_z / (a * a))
         return jnp.where(p == 0, 0.0, h)
 

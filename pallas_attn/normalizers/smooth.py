@@ -40,14 +40,19 @@ OF_H = [1 / math.factorial(n + 2) for n in range(18)]
 OF_EXPM1 = [1 / math.factorial(n + 1) for n in range(10)]
 OF_LOG1P = [(-1) ** n / (n + 1) for n in range(16)]
 
-# (t [..., S], -inf where there is no weight; alpha [..., 1]) -> (p, residual [..., 1])
+# (t [..., S], -inf where there is no weight; a [..., 1]) -> (p, residual [..., 1])
 Solve = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def exponents(normalizer: Entmax, dtype: Any) -> Float[Array, "#B #N 1 1"]:
-    """Alpha, shaped to broadcast against scores."""
-    alpha = jnp.atleast_2d(jnp.asarray(normalizer.alpha, dtype))
-    return alpha[..., None, None]
+    """The exponents a = alpha - 1, shaped to broadcast against scores.
+
+    A number has its 1 taken off before it is rounded: 1.001 is float32's but for 2^-24,
+    and 0.001 but for 5e-5 if what is left of that. Of float32 alphas it is exact.
+    """
+    alpha = normalizer.alpha
+    a = alpha - 1 if isinstance(alpha, int | float) else jnp.asarray(alpha, dtype) - 1
+    return jnp.atleast_2d(jnp.asarray(a, dtype))[..., None, None]
 
 
 def with_derivative(solve: Solve) -> Solve:
@@ -55,9 +60,9 @@ def with_derivative(solve: Solve) -> Solve:
     differentiable = jax.custom_jvp(solve)
 
     def rule(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> Any:
-        t, alpha = primals
-        p, residual = differentiable(t, alpha)
-        return (p, residual), _tangents(t, alpha - 1, p, *tangents)
+        t, a = primals
+        p, residual = differentiable(t, a)
+        return (p, residual), _tangents(t, a, p, *tangents)
 
     differentiable.defjvp(rule, symbolic_zeros=True)
     return differentiable

@@ -94,7 +94,7 @@ def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
     do, dtau = jnp.where(alive[..., None], do, 0), jnp.where(alive, dtau, 0)
     dtau = jnp.swapaxes(dtau, 1, 2)[..., None]  # [B, N, T, 1]
 
-    p, a = row.weights, exponents(normalizer, t.dtype) - 1
+    p, a = row.weights, exponents(normalizer, t.dtype)
     u = slopes(p, a)
     total = total_of(u)
     dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
@@ -159,13 +159,12 @@ def largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*rows
     return (t > least) | ((t == least) & (_places(t) <= last)) | jnp.isnan(t)
 
 
-def by_sorting(t: Array, alpha: Array) -> tuple[Array, Array]:
-    """The weights of a row and its residual, exact to rounding.
+def by_sorting(t: Array, a: Array) -> tuple[Array, Array]:
+    """The weights of a row and its residual, exact to rounding, a = alpha - 1.
 
     The threshold is known by the log of the largest weight, in which alpha = 1 is no
     edge: see `weights_below`.
     """
-    a = alpha - 1
     m = t.max(-1, keepdims=True)
     hidden = t == -jnp.inf
     y = t - jnp.where(m == -jnp.inf, 0, m)

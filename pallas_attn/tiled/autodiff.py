@@ -44,12 +44,9 @@ def attend(
 
 
 def operands(problem: Problem) -> tuple[Operands, Call]:
-    """What the passes read, and a scale that leaves scores in units of q.k float32."""
+    """What the passes read, and the call."""
     query, call, added = problem.query, problem.call, problem.bias
     assert isinstance(added, Added)
-    if not 1e-6 < call.scale < 1e6:
-        query = (query.astype(f32) * call.scale).astype(query.dtype)
-        call = replace(call, scale=1.0)
     takes = any(term.hides for term in added.terms)
     seen = sight(call, problem.visibility, takes=takes)
     return Operands(query, problem.key, problem.value, added, seen), call

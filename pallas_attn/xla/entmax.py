@@ -59,7 +59,7 @@ def sparsity_shares(
 def _entmax(logits: Logits, normalizer: Entmax) -> Weights:
     """The weights p of a chunk and its residual."""
     p, residual = _solved(logits, normalizer)
-    a = exponents(normalizer, p.dtype) - 1
+    a = exponents(normalizer, p.dtype)
     alive = logits.visible.any(3, keepdims=True)
     # the cotangent of an empty row may be NaN
     shifted = residual + jnp.where(a == 0, 1, a) * logits.shift
@@ -107,15 +107,17 @@ def _largest(t: Float[Array, "*rows S"], top_k: int | None) -> Bool[Array, "*row
 
 
 def _by_newton(
-    t: Array, alpha: Array, *, static: float | None
+    t: Array, a: Array, *, static: float | None
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     """The weights of a row and its residual, from the largest weight 1 down.
+
+    a: alpha - 1; static: alpha, if it is a number.
 
     In a scan that is differentiated twice JAX inlines a function that has a derivative
     of its own, and differentiates what it finds. The search is no part of that, but the
     last step is: a step of Newton's method at the root has the root's derivative.
     """
-    fixed = lax.stop_gradient((t, alpha - 1))
+    fixed = lax.stop_gradient((t, a))
     m = fixed[0].max(3, keepdims=True)
     base = jnp.where(m == -jnp.inf, 0, m)
     close = 1 + ROUNDINGS * float(jnp.finfo(t.dtype).eps)
@@ -151,7 +153,6 @@ def _by_newton(
     start = (jnp.int32(0), first, first + jnp.inf, first == first)
     level = lax.while_loop(searching, step, start)[1]
 
-    a = alpha - 1
     last, _ = lowering(t, a, level)
     level = power_of(a).lowered(level, jnp.where(m == -jnp.inf, 0, last))
     p, _ = weights(t, a, level)

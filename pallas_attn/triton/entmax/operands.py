@@ -13,6 +13,7 @@ from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.triton.entmax.call import SparseCall
 from pallas_attn.triton.entmax.lists.operands import Lists
 from pallas_attn.triton.entmax.power import power_of
+from pallas_attn.triton.ptx import product
 from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Scalar
 
@@ -55,14 +56,15 @@ class EntmaxRows:
         """Scores without what a whole row has, and the largest less that."""
         inverse = 1.0 / t.call.scale
         for r in rest:
-            s = s - r * -inverse
+            s = s - product(t.call, r, -inverse)  # as the forward pass rounds it
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
         m = t.along_q(self.m)
         if isinstance(row, float):
             return s, m - row * inverse
         # what an empty row has for itself may be NaN
-        return s, jnp.where(m == jnp.inf, m, m - row * inverse)
+        own = product(t.call, row, inverse)
+        return s, jnp.where(m == jnp.inf, m, m - own)
 
     def in_units_of_u(self, x: jax.Array) -> jax.Array:
         """What x per query is as a multiple of U."""
