@@ -42,6 +42,10 @@ TINY = 1e-30
 # 2^-24 / (alpha - 1) of a weight: functions smooth in alpha are taken, as of an array.
 LEAST_POWER = 0.1
 
+# The least float32 above 0 that is 1 less another: a difference from 1 that is below it
+# is 0 but for rounding, and may be of a weight that another rounding left above 0.
+LEAST_DIFFERENCE = 2.0**-24
+
 Function = Callable[[jax.Array], jax.Array]
 
 
@@ -266,7 +270,9 @@ class Learned:
         )
         near = c < 0.05
         a = jnp.where(near, 1.0, self.a)
-        log_z = self.functions.log2(jnp.where(near | (p == 0), 1.0, 1 - c)) * LN2
+        z = 1 - c
+        z = jnp.where(z < LEAST_DIFFERENCE, LEAST_DIFFERENCE, z)  # NaN stays
+        log_z = self.functions.log2(jnp.where(near | (p == 0), 1.0, z)) * LN2
         h = jnp.where(near, -p * y * y * series, -u * y / a - p * log_z / (a * a))
         return jnp.where(p == 0, 0.0, h)
 
