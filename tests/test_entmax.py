@@ -386,6 +386,35 @@ def test_a_number_has_the_digits_of_alpha_minus_1(alpha, implementation):
     assert_formula(got, in_numpy(scores, alpha, None))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("largest_weight", [0.5, 0.01, 0.001])
+@pytest.mark.parametrize("a", [0.25, 0.5, 0.75, 1.0])
+def test_alpha_moves_a_weight_of_nearly_0_by_nearly_nothing_more(
+    a, largest_weight, listed
+):
+    """Scores one float after another across the threshold: p > 0 is p^a > 0.
+
+    Args:
+        a: Alpha less 1.
+        largest_weight: Of the row.
+        listed: Whether p is given, as a list has it.
+    """
+    power, level = Learned(a), jnp.float32(np.log(largest_weight))
+    ulps = np.arange(-64, 256, dtype=np.float32) * np.float32(2.0**-24)
+    x = jnp.asarray(np.float32(-(largest_weight**a) / a) * (1 - ulps))
+    p, u = power.weights(x, jnp.float32(0), level, 1)
+    nothing, some = jnp.zeros_like(x), p > 0
+    assert some.any()
+    if listed:
+        got = power.by_alpha(nothing, nothing, jnp.log(jnp.where(some, p, 1)), 1)
+    else:
+        got = power.by_alpha(x, jnp.float32(0), level, 1)
+    p, u, some = (np.float64(y) for y in (p, u, some))
+    z = np.where(p > 0, p, 1) ** a
+    want = (-u * (1 - z) - p * np.log(z)) / a**2
+    assert_formula(jnp.where(some > 0, got, 0), want)
+
+
 @everywhere
 def test_a_learned_alpha_is_a_static_one(implementation):
     sample = Case("alibi", "causal", (), "entmax 1.5").sample()

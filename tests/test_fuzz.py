@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from pallas_attn.fuzz import truth as truth_package
-from pallas_attn.fuzz.draw import draw
+from pallas_attn.fuzz.draw import changed, draw
 from pallas_attn.fuzz.elements import Elements
 from pallas_attn.fuzz.job import Options, plan_of, run
 from pallas_attn.fuzz.kept import KEPT
 from pallas_attn.fuzz.kinds import KINDS
 from pallas_attn.fuzz.plan import Plan, TRANSFORMS
 from pallas_attn.fuzz.pool import run_all
+from pallas_attn.fuzz.run import compared
 from pallas_attn.fuzz.selfcheck import ALLOWED, gradient_gaps
+from pallas_attn.fuzz.tolerance import difference, noisy, UNITS
 from pallas_attn.fuzz.truth.arrays import unread
-from pallas_attn.fuzz.truth.attention import EXACT, truth
+from pallas_attn.fuzz.truth.attention import EXACT, nearest, Noise, truth
 from pallas_attn.fuzz.values import MORE, SETS, value_sets, values, widened
 from pallas_attn.testing.evaluate import kernel_implementation
 
@@ -133,6 +135,48 @@ def test_poison_is_nowhere_that_an_element_reads(seed):
             assert (same | gone).all(), name
             changed += (~same).sum()
     assert changed
+
+
+class Nearest(Noise):
+    """Each step rounded to the nearest float: what an honest implementation does."""
+
+    def on(self, x, unit, size=None):
+        return nearest(x, unit) if unit else x
+
+
+@pytest.mark.parametrize(
+    ("seed", "chosen"),
+    [
+        (310651, "far"),  # entmax: distances that a float32 cannot tell apart
+        (608092, "far"),
+        (609571, "far"),  # of the largest 200
+        (600378, "far"),  # softmax
+        (604162, "far"),
+    ],
+)
+def test_rounding_to_nearest_is_allowed(seed, chosen):
+    plan = draw(seed, "triton_interpret")
+    elements = Elements(plan, chosen, value_sets(plan, 5).index(chosen))
+    unit = UNITS[plan.accumulator]
+    store = UNITS[plan.dtype] if plan.low else unit
+    noise = Nearest(np.random.default_rng(0), unit, store)
+    with np.errstate(all="ignore"):
+        found = elements.joined(elements.truths(noise))
+        leaves = compared(elements, {x: y.astype("float32") for x, y in found.items()})
+    assert all(x.right for x in leaves), [(x.name, x.error, x.allowed) for x in leaves]
+
+
+@pytest.mark.parametrize("normalizer", [None, (1.5, None)])
+def test_noise_leaves_the_residual_of_empty_rows_and_moves_the_others(normalizer):
+    plan = changed(draw(310666, "xla"), {"normalizer": normalizer})
+    elements = Elements(plan, "normal", 0)
+    want = elements.joined(elements.truths())["residual"]
+    finite = np.isfinite(want)
+    assert finite.any()
+    assert not finite.all()
+    for rough in noisy(elements):
+        np.testing.assert_array_equal(rough["residual"][~finite], want[~finite])
+        assert difference(rough["residual"], want) > 0
 
 
 def test_the_truth_shares_no_code_with_the_library():

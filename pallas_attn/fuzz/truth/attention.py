@@ -36,11 +36,21 @@ class Noise:
     def on(
         self, x: np.ndarray, unit: float, size: np.ndarray | None = None
     ) -> np.ndarray:
-        """X, off by at most `unit` of `size`, else of itself."""
+        """X, off by at most `unit` of `size`, else of itself; an infinity as it is."""
         if self.random is None or unit == 0:
             return x
         off = self.random.uniform(-1, 1, np.shape(x))
-        return x + off * unit * np.abs(x if size is None else size)
+        return x + off * unit * np.abs(finite(x if size is None else size))
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """X as a float of the unit of scores holds it: what is unequal may be equal.
+
+        Noise alone parts any two numbers. But scores of -2e9 that are 10 apart are one
+        number of float32, and where the largest are, their keys share the weight.
+        """
+        if self.random is None or self.score == 0:
+            return x
+        return nearest(x, self.score)
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,12 @@ class _Logits:
 
 
 EXACT = Noise()
+
+
+def nearest(x: np.ndarray, unit: float) -> np.ndarray:
+    """The nearest float to x; `unit` is that from 1 to the next."""
+    step = np.ldexp(unit, np.frexp(finite(x))[1] - 1)
+    return np.where(np.isfinite(x), np.round(finite(x) / step) * step, x)
 
 
 def truth(
@@ -224,7 +240,7 @@ def _logits(plan: Plan, operands: Arrays, read: _Readable, noise: Noise) -> _Log
         for big in term.sizes:
             shape = np.broadcast_shapes(t.shape, big.shape)
             t = t + noise.on(np.zeros(shape), noise.score, big)
-    t = np.where(read.reach & ~(t <= NO_WEIGHT), t, -np.inf)
+    t = np.where(read.reach & ~(t <= NO_WEIGHT), noise.held(t), -np.inf)
     return _Logits(t, products, size, scale, bent)
 
 
@@ -247,7 +263,7 @@ def _contextual(
     gates = np.clip(noise.on(gates, unit, np.ones_like(gates)), 0, 1) * places
     z = noise.on(np.flip(np.cumsum(np.flip(gates, -1), -1), -1), noise.score)
     t = s - of_head(operands["bias0.slopes"]) * z
-    t = np.where(places & ~(t <= NO_WEIGHT), t, -np.inf)
+    t = np.where(places & ~(t <= NO_WEIGHT), noise.held(t), -np.inf)
     return _Logits(t, products, size, scale, bent, (gates, z))
 
 
