@@ -63,8 +63,7 @@ class EntmaxRows:
         if isinstance(row, float):
             return s, m - row * inverse
         # what an empty row has for itself may be NaN
-        own = product(t.call, row, inverse)
-        return s, jnp.where(m == jnp.inf, m, m - own)
+        return s, jnp.where(m == jnp.inf, m, m - product(t.call, row, inverse))
 
     def in_units_of_u(self, x: jax.Array) -> jax.Array:
         """What x per query is as a multiple of U."""
