@@ -179,6 +179,20 @@ def test_noise_leaves_the_residual_of_empty_rows_and_moves_the_others(normalizer
         assert difference(rough["residual"], want) > 0
 
 
+def test_the_rounding_of_sums_whose_difference_a_gate_has_is_allowed():
+    """Each query sees its own key alone: no gate adds to a score, but sums run on."""
+    facts = {"normalizer": None, "dropout": 0.0}
+    elements = Elements(changed(draw(520133, "xla"), facts), "outlier", 4)
+    operands, _, cotangents = elements.values[0]
+    total = cotangents["residual"]  # what a row of dS adds up to
+    dp = (cotangents["output"] * operands["value"]).sum(-1)
+    ds = dp - (dp - total)
+    gradient = np.flip(np.cumsum(np.flip(total - ds, 1), 1), 1)
+    (found,) = compared(elements, {"bias0.log_gate": gradient})
+    assert found.size == 0
+    assert 1e-5 < found.error <= found.allowed < 1e-5 * np.abs(dp).max()
+
+
 def test_the_truth_shares_no_code_with_the_library():
     """Of the package it imports itself and the facts of a call, which import none."""
     folder = Path(truth_package.__file__).parent

@@ -302,6 +302,14 @@ class _Backward:
         dt = u * (pulled - delta + unit * dres / found.total)
         dt = np.where(np.isneginf(self.logits.t), 0.0, noise.on(dt, noise.store))
         result = self._to_products(dt)
+        # dS of a pair is off by roundings of dP and delta, which nearly cancel
+        off = u * (np.abs(pulled) + np.abs(delta))
+        for n, term in read.terms:
+            if term.leaks is None or noise.random is None:
+                continue
+            leaked = term.leaks(noise.on(np.zeros(dt.shape), noise.score, off))
+            for name, x in leaked.items():
+                result[f"bias{n}.{name}"] += x
         if "alpha" in self.operands:
             da = alpha_gradient(found, p, u, pulled, delta, dres)
             da = np.where(alive[..., None], da, 0.0)

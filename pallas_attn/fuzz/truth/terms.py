@@ -36,11 +36,14 @@ class Term:
         parts: Each broadcasts to [*L, N, T, S].
         back: From the cotangent of the sum.
         sizes: Sums of absolute products, beside which a product is rounded.
+        leaks: From what rounding did to the cotangent, to what of it gets into the
+            gradients though no number of theirs is in those pairs.
     """
 
     parts: list[np.ndarray]
     back: Back
     sizes: list[np.ndarray] = field(default_factory=list)
+    leaks: Back | None = None
 
 
 def dense(f: Arrays, see: Visibility) -> Term:
@@ -84,26 +87,34 @@ def forget_gate(f: Arrays, see: Visibility) -> Term:
     x = np.where(counted, x, 0.0)
     i = see.query_positions[..., :, None, None]
     j, n = see.key_positions[..., None, :, None], see.key_positions[..., None, None, :]
-    between = (n > j) & (n <= i)  # [*, T, S, S]
+    same = np.ones((1, 1, 1), bool)
     if see.query_segments is not None and see.key_segments is not None:
         same = see.query_segments[..., :, None] == see.key_segments[..., None, :]
-        between = between & same[..., None, :, None, :]
+        same = same[..., None, :, None, :]
+    between = (n > j) & (n <= i) & same  # [*, T, S, S]
     forgotten = np.isneginf(x)
     value = _added_up(between, np.where(forgotten, 0.0, x))
     if forgotten.any():
         gone = _added_up(between, forgotten.astype(np.float64)) > 0
         value = np.where(gone, -np.inf, value)
 
-    def back(dt: np.ndarray) -> Arrays:
+    def over(pairs: np.ndarray, dt: np.ndarray) -> Arrays:
         dx = np.zeros((*np.broadcast_shapes(dt.shape[:-2], x.shape[:-1]), x.shape[-1]))
-        shape = (*dx.shape[:-1], *between.shape[-3:])
-        there = np.broadcast_to(between, shape)
+        shape = (*dx.shape[:-1], *pairs.shape[-3:])
+        there = np.broadcast_to(pairs, shape)
         for t in range(there.shape[-3]):
             dx += (dt[..., t, :, None] * there[..., t, :, :]).sum(-2)
         dx = np.where(counted & ~forgotten, dx, 0.0)
         return {"log_gate": reduced(np.swapaxes(dx, -1, -2), gate.shape)}
 
-    return Term([value], back)
+    # Without an array of pairs a gate has what the rows after it add up to less what
+    # the columns from it on do, each sum with a rounding of its own: a pair is in both.
+    both = (n <= j) & (j <= i) & same
+    return Term(
+        [value],
+        lambda dt: over(between, dt),
+        leaks=lambda off: over(both, off),
+    )
 
 
 def _added_up(between: np.ndarray, x: np.ndarray) -> np.ndarray:
