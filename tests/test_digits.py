@@ -205,3 +205,25 @@ def test_so_is_one_of_entmax(offset, implementation):
     drawn.settings.update(normalizer=Entmax(1.5), query_offset=offset)
     options = {"implementation": implementation, "config": SMALL_ENTMAX, **EXACT}
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_only_key_2_30_away_has_all_weight(dtype, implementation):
+    """An lse of 3e8, in whatever dtype: one float32 number would hold it to 16."""
+    rng = np.random.default_rng(4)
+    query, key, do = (
+        jnp.asarray(rng.standard_normal((1, n, 4, 80)), dtype) for n in (37, 1, 37)
+    )
+    bias = ALiBi(jnp.asarray([0.3, 1.7, 7.7, 13.1], jnp.float32))
+
+    def attend(value: jax.Array) -> jax.Array:
+        return dot_product_attention(
+            query, key, value, bias, query_offset=2**30 - T, config=SMALL,
+            implementation=implementation,
+        )  # fmt: skip
+
+    output, back = jax.vjp(attend, key)
+    np.testing.assert_array_equal(output, jnp.broadcast_to(key, output.shape))
+    want = np.sum(np.asarray(do, np.float64), 1, keepdims=True)
+    np.testing.assert_allclose(back(do)[0], want, rtol=0.02, atol=0.05)

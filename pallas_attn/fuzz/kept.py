@@ -10,7 +10,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
-        40,  # bfloat16: an lse of 3e8, which one float32 number holds to 16
+        40,  # bfloat16: an lse of 3e8, which one float32 number held to 16
         1169,  # a learned alpha of 2: the log of a weight that was 0 but for rounding
         1260,  # float16, a scale of 3e6: the query's gradient was rounded before it
         400004,  # entmax at an offset of 2^20: a multiply-add in one pass alone

@@ -269,8 +269,8 @@ class Learned:
         )
         near = c < 0.05
         a = jnp.where(near, 1.0, self.a)
-        z = jnp.where(near | (p == 0), 1.0, 1 - c)
-        z = jnp.where(z < LEAST_Z, LEAST_Z, z)  # p is above 0 and so is its z
+        # p is above 0 and so is its z; a maximum may drop NaN, which u and p still have
+        z = jnp.maximum(jnp.where(near | (p == 0), 1.0, 1 - c), LEAST_Z)
         log_z = self.functions.log2(z) * LN2
         h = jnp.where(near, -p * y * y * series, -u * y / a - p * log_z / (a * a))
         return jnp.where(p == 0, 0.0, h)

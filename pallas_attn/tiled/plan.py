@@ -66,8 +66,11 @@ def plan(
     pruned = call.config.prune and bounded and several
     sided = any(t.sided for t in added.terms)
     over_batch = any(x.shape[0] == 1 for x in full) and call.B > 1
-    # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9.
-    large = call.dtype != "bfloat16" or any(f.span and f.steep for f in every)
+    # Among bfloat16's own digits 2^-24 |lse| is nothing, but for an array's -1e9 and
+    # where positions are given, from which every key may be 2^30 away.
+    given = bool(added.terms) and (sight.arrays.placed or call.offset != 0)
+    array = any(f.span and f.steep for f in every)
+    large = call.dtype != "bfloat16" or array or given
     forward = Plan(
         pruned=pruned,
         large=large,

@@ -153,12 +153,6 @@ def truth(
     )
     output = np.where(alive[..., None], output, 0.0)
     gradients = {}
-    if noise.random is not None and _one_lse(plan):
-        # Weights that a backward makes again are exp(t - lse): beside scores of 3e8 one
-        # float32 number holds the lse to 16. float32 and float16 calls keep it in two.
-        off = noise.on(np.zeros(found.residual.shape), noise.score, found.residual)
-        again = np.exp(np.clip(np.where(alive, off, 0.0), -60, 60))[..., None]
-        p, u = p * again, u * again
     if cotangents is not None:
         given = _Backward(plan, operands, cotangents, noise, read, logits, found)
         gradients = given.gradients(p, u, keep, alive)
@@ -174,15 +168,6 @@ def truth(
         found.p,
         gradients,
     )
-
-
-def _one_lse(plan: Plan) -> bool:
-    """Whether rows are known by one number: softmax in bfloat16, but for wide biases.
-
-    An array's numbers, as -1e9 in all of a row, lose nothing in bfloat16 either.
-    """
-    wide = any(form.home != "head" for form in plan.forms.values())
-    return plan.dtype == "bfloat16" and plan.normalizer is None and not wide
 
 
 def _readable(plan: Plan, operands: Arrays, see: Visibility) -> _Readable:
