@@ -171,12 +171,12 @@ def gradients(
     """
     ops = res.ops
     rows = passes.rows(ops, cot, blocks, call, p) if p.rows else Rows()
-    if p.settled:
+    if p.exact_row_sums:
         cot = replace(cot, delta=cot.delta + rows.beyond)
     cols = passes.cols(ops, cot, blocks, call, p) if p.cols else Cols()
     pairs: Values = {}
     if cols.ds is not None:
-        pairs = dict.fromkeys(p.own, cols.ds)
+        pairs = dict.fromkeys(p.stored_fields, cols.ds)
         rows, cols = _by_ds(res, rows, cols, cols.ds, call, p, passes)
     for f in p.tile_fields:
         pairs[f] = passes.tiles(ops, cot, blocks, f, rows, call, p)

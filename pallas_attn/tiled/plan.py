@@ -22,20 +22,24 @@ class Plan:
     """The passes of a call. A pass owns each gradient it is listed with, alone."""
 
     pruned: bool
-    large: bool  # no digit may be lost to the size of scores: lse is kept in two
-    rowed: bool  # so large may be what a whole row has: its peak is kept in two as well
-    two: bool  # far blocks on both sides of the diagonal are told apart
-    flock: int  # batch entries side by side, where they share a bias tile
+    large_scores: bool  # no digit may be lost to the size of scores: lse is kept in two
+    large_rows: (
+        bool  # so large may be what a whole row has: its peak is kept in two as well
+    )
+    two_sided: bool  # far blocks on both sides of the diagonal are told apart
+    batch_group: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
-    bent: bool  # a field along queries or keys is not simply added
-    turn: bool  # cols reads a transposed copy of shared full tiles
+    nonlinear: bool  # a field along queries or keys is not simply added
+    transpose_bias: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
-    store: DTypeLike | None = None  # of a dS that cols writes: the gradient of `own`
-    own: tuple[Field, ...] = ()
+    store_dtype: DTypeLike | None = (
+        None  # of a dS that cols writes: the gradient of `own`
+    )
+    stored_fields: tuple[Field, ...] = ()
     rows: bool = True  # False: dq is a thin pass over a stored dS
     cols: bool = True
     dk: bool = True  # False: dk is a thin pass over a stored dS
-    settled: bool = False  # cols gets a delta with which each row of dS adds up
+    exact_row_sums: bool = False  # cols gets a delta with which each row of dS adds up
     row_fields: tuple[Field, ...] = ()
     col_fields: tuple[Field, ...] = ()
     tile_fields: tuple[Field, ...] = ()
@@ -45,7 +49,7 @@ class Plan:
     @property
     def flip(self) -> bool:
         """Whether cols keeps scores as [keys, queries]: nothing is transposed then."""
-        return self.turn or not self.dense
+        return self.transpose_bias or not self.dense
 
 
 def plan(
@@ -53,7 +57,7 @@ def plan(
 ) -> Plan:
     """The plan of a call, from its bias' shape and from what is wanted.
 
-    may_store: cols visits every block, so that it may write a dS that is the gradient.
+    may_store: cols visits every block, so that it may write a dS that is a gradient.
     """
     every = fields(added)
     full = [x for f, x in every.items() if f.span == "qk"]
@@ -73,13 +77,13 @@ def plan(
     large = call.dtype != "bfloat16" or array or given
     forward = Plan(
         pruned=pruned,
-        large=large,
-        rowed=large and any(f.span == "q" and f.steep for f in every),
-        two=(pruned or sided) and not call.causal and not sight.arrays.placed,
-        flock=_flock(call.B) if over_batch else 1,
+        large_scores=large,
+        large_rows=large and any(f.span == "q" and f.steep for f in every),
+        two_sided=(pruned or sided) and not call.causal and not sight.arrays.placed,
+        batch_group=_flock(call.B) if over_batch else 1,
         dense=bool(full),
-        bent=any(f.span and not f.additive for f in every),
-        turn=bool(full) and min(sharing) >= 8,
+        nonlinear=any(f.span and not f.additive for f in every),
+        transpose_bias=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),
     )
 
@@ -99,18 +103,18 @@ def plan(
     own = own if may_store and own and _as_wide(every[own[0]].dtype, call.dtype) else ()
     return replace(
         forward,
-        store=every[own[0]].dtype if own else None,
-        own=own,
+        store_dtype=every[own[0]].dtype if own else None,
+        stored_fields=own,
         rows=bool(rows or settled or (not own and (wanted.q or wanted.a))),
         cols=bool(by_key or own),
         dk=not own or call.H <= 64,
-        settled=settled,
+        exact_row_sums=settled,
         row_fields=rows,
         col_fields=of_span("k"),
         tile_fields=tuple(f for f in pairs if f not in own),
         da=wanted.a,
         db=wanted.b,
-        turn=forward.turn and not own,
+        transpose_bias=forward.transpose_bias and not own,
     )
 
 

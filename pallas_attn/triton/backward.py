@@ -113,7 +113,7 @@ def rows_kernel(
             f: (x + by_ds[f], y + by_u[f]) for f, (x, y) in fields.items()
         }
 
-    summed = bool(plan.row_fields) or plan.settled
+    summed = bool(plan.row_fields) or plan.exact_row_sums
     nothing = jnp.zeros((t0.bq,), f32)
     sums = nothing, dict.fromkeys(plan.row_fields, (nothing, nothing))
     dq, da = zeros(t0.bq, ops.q), {x: zeros(t0.bq, products[x][0]) for x in plan.da}
@@ -210,7 +210,7 @@ def cols_kernel(
         sums = ColState(db, *state, {f: jnp.zeros((bk,), f32) for f in plan.col_fields})
         sums, visits = blocks.over_queries(t0, ops, held, plan, step, sums)
         if ds_ref is not None:  # no query of these blocks sees these keys
-            span = queries_of(t0, plan.two).span
+            span = queries_of(t0, plan.two_sided).span
             for lo, hi in ((0, span[0]), (span[1], pl.cdiv(call.T, bq))):
                 if not (isinstance(lo, int) and isinstance(hi, int) and lo >= hi):
                     lax.fori_loop(

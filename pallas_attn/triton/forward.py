@@ -31,7 +31,7 @@ def forward_kernel(
 ) -> None:
     """Output and log2-sum of one query block."""
     t0 = query_tile(ops.sight, call, plan, "forward", program)
-    walk, mul = keys_of(t0, plan.two), call.scale * LOG2E
+    walk, mul = keys_of(t0, plan.two_sided), call.scale * LOG2E
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
     online = Online(t0, ops, held, q, qs, plan, out.reach)

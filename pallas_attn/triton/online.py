@@ -82,14 +82,14 @@ class Online:
     def start(self) -> Sums:
         """Of no key."""
         zero, acc = jnp.zeros((self.t0.bq,), f32), zeros(self.t0.bq, self.ops.v)
-        low = zero if self.plan.rowed else None
+        low = zero if self.plan.large_rows else None
         return Sums(acc, Peak(zero + lowest(self.t0.call.scale), low), zero)
 
     def add(self, t: Tile, sums: Sums) -> Sums:
         """With one more tile: weights count from the largest score so far."""
         x, row, visible = self._scores(t)
         weights, old, base = rescaled(
-            sums.base, x, row, self._mul, self._power, self.plan.large
+            sums.base, x, row, self._mul, self._power, self.plan.large_scores
         )
         acc = sums.acc * old[:, None] + self._weighted(t, weights, visible)
         return Sums(acc, base, sums.total * old + jnp.sum(weights, 1))
@@ -119,7 +119,7 @@ class Online:
         def add(t: Tile, fixed: Fixed) -> Fixed:
             acc, total = fixed
             x, row, visible = self._scores(t)
-            weights = relative(x, row, base, mul, self._power, self.plan.large)
+            weights = relative(x, row, base, mul, self._power, self.plan.large_scores)
             acc = acc + self._weighted(t, weights, visible)
             return acc, total + jnp.sum(weights, 1)
 
@@ -138,7 +138,7 @@ class Online:
         t0, mul, veiled = self.t0, self._mul, self.ops.sight.veiled
         least = jnp.min(sums.base.high) * mul
         wide = ~(far.top - least <= ROOM + SPREAD)  # NaN too
-        if self.plan.rowed:  # a bound as rounded may be far below what it bounds
+        if self.plan.large_rows:  # a bound as rounded may be far below what it bounds
             wide |= jnp.abs(least) > WIDEST
 
         def find(state: tuple[jax.Array, Peak]) -> tuple[jax.Array, Peak]:
@@ -162,7 +162,7 @@ class Online:
         return exp2(self.t0.call, x)
 
     def _scores(self, t: Tile) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        added, large = self.ops.added, self.plan.large
+        added, large = self.ops.added, self.plan.large_scores
         return row_scores(t, self.q, self.qs, self.ops.k, added, self.held, large)
 
     def _weighted(

@@ -57,9 +57,9 @@ def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forwar
     outputs = Forward(
         lse=_per_row(call),
         o=outline((call.B, call.T, call.N, call.h), ops.q.dtype),
-        peak=_per_row(call) if p.large else None,
+        peak=_per_row(call) if p.large_scores else None,
         reach=outline((call.B, call.N, blocks), f32) if p.pruned else None,
-        total=_per_row(call) if p.large else None,
+        total=_per_row(call) if p.large_scores else None,
         visits=_visits(call, blocks),
     )
     inputs = (ops, Pruning(grains))
@@ -94,7 +94,7 @@ def rows(
     """
     products = ops.added.products
     outputs = Rows(
-        beyond=_per_row(call) if p.settled else None,
+        beyond=_per_row(call) if p.exact_row_sums else None,
         da={x: columns_of(products[x][0], call.T, call) for x in p.da},
         dq=like(ops.q),
         fields={f: _per_row(call) for f in p.row_fields},
@@ -111,14 +111,14 @@ def cols(
     ops: Operands, cot: RowCotangents, blocks: Visitor, call: Call, p: Plan
 ) -> Cols:
     """dv, dk or dS, the key sides of products, the fields per key; visits."""
-    if p.turn:
+    if p.transpose_bias:
         ops = replace(ops, added=turned(ops.added))
     products = ops.added.products
     shape = (call.B, call.N, call.T, call.S)
     outputs = Cols(
         db={x: columns_of(products[x][1], call.S, call) for x in p.db},
         dk=like(ops.k) if p.dk else None,
-        ds=outline(shape, p.store) if p.store else None,
+        ds=outline(shape, p.store_dtype) if p.store_dtype else None,
         dv=like(ops.v),
         fields=dict.fromkeys(p.col_fields, outline((call.B, call.N, call.S), f32)),
         visits=_visits(call, grid_of(call, p, "cols").blocks),

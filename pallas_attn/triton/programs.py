@@ -75,7 +75,7 @@ def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
         if by_key
         else pl.cdiv(call.T, block.block_q),
         long_first=call.causal or plan.pruned,
-        flock=plan.flock,
+        flock=plan.batch_group,
     )
 
 

@@ -89,7 +89,7 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the key blocks of a query block."""
-        w, edge = keys_of(t0, plan.two), ops.sight.veiled
+        w, edge = keys_of(t0, plan.two_sided), ops.sight.veiled
         state = w.near_loop(
             lambda j, side, s: step(at_keys(t0, j, side, edge=True), s), state
         )
@@ -114,7 +114,7 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the query blocks of a key block."""
-        w, edge = queries_of(t0, plan.two), ops.sight.veiled
+        w, edge = queries_of(t0, plan.two_sided), ops.sight.veiled
         state = w.near_loop(
             lambda i, side, s: step(at_queries(t0, i, side, edge=True), s), state
         )

@@ -100,7 +100,7 @@ class Sweep:
 
 def sweep_of(t0: Tile, ops: Operands, plan: Plan) -> Sweep:
     """The sweep over all key blocks that the queries of a block may see."""
-    near = keys_of(t0, plan.two)
+    near = keys_of(t0, plan.two_sided)
     q = t0.rows(ops.q)
     qs = [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
