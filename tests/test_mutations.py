@@ -9,4 +9,5 @@ from pallas_attn.testing.mutations import FAULTS, planted, ROOT
 def test_a_fault_can_be_planted(fault):
     text = (ROOT / "pallas_attn" / fault.path).read_text()
     compile(planted(fault, text), fault.path, "exec")
-    assert all((ROOT / name).exists() for name in fault.files)
+    for name in fault.tests.split():
+        assert (ROOT / "tests" / f"test_{name}.py").exists()

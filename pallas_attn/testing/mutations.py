@@ -32,7 +32,7 @@ class Fault:
         path: Of the file, in the package.
         right: Text that the file has once.
         wrong: What stands there instead.
-        tests: The files that should catch it, after tests/test_; or paths.
+        tests: The files that should catch it, after tests/test_.
     """
 
     kind: str
@@ -40,12 +40,6 @@ class Fault:
     right: str
     wrong: str
     tests: str
-
-    @property
-    def files(self) -> list[str]:
-        """Paths of the tests."""
-        names = self.tests.split()
-        return [x if "/" in x else f"tests/test_{x}.py" for x in names]
 
 
 FAULTS = (
@@ -104,9 +98,9 @@ FAULTS = (
           "linen_bias"),
     Fault("a diagonal beside its own", "layers/relative.py",
           "[..., T - 1 :]", "[..., T - 2 : -1]", "linen_bias"),
-    Fault("slopes of another law", "bias/alibi.py",
-          "range(1, num_heads - p + 1)", "range(2, num_heads - p + 2)",
-          "pallas_attn/bias/alibi.py"),
+    Fault("a bound at the wrong end", "bias/alibi.py",
+          "jnp.maximum(jnp.maximum(q0 - k1,", "jnp.maximum(jnp.maximum(q0 - k0,",
+          "pruning"),
 )  # fmt: skip
 
 
@@ -164,7 +158,8 @@ def planted(fault: Fault, text: str) -> str:
 
 
 def _passes(copy: Path, fault: Fault, rows: str, processes: int) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--rows", rows, *fault.files]
+    files = [f"tests/test_{name}.py" for name in fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--rows", rows, *files]
     command += ["-n", str(processes), "-p", "no:cacheprovider"]
     done = subprocess.run(
         command,
