@@ -49,6 +49,7 @@ def test_a_sum_ends_where_int32_does(by):
     assert [moved(int(x), by) for x in PLACES] == list(want)
 
 
+@pytest.mark.light
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 @pytest.mark.parametrize("offset", [-FAR, -7, 3, FAR - 37])
 @pytest.mark.parametrize("window", [None, (3, 2**31), (2**31 - 1, 4), (FAR, FAR)])

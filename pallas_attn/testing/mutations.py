@@ -69,7 +69,7 @@ FAULTS = (
           "bound(", "pruning"),
     Fault("an index past the end", "triton/tile.py",
           "checks.append(self.along_k(k < self.frame.keys[1]))",
-          "checks.append(self.along_k(k <= self.frame.keys[1]))", "values guards"),
+          "checks.append(self.along_k(k <= self.frame.keys[1]))", "padding values guards"),
     Fault("a query that sees another's NaN", "triton/tile.py",
           "visible is None or not self.sight.veiled", "visible is None or True",
           "unseen padding"),
