@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_attn.triton import launch, tile
+from pallas_attn.triton import launch, memory
 
 
 # Numbers on either side of an array, at least; whole entries of its first axis.
@@ -36,7 +36,7 @@ def guarded() -> Iterator[list[str]]:
     each kernel that wrote into a band.
     """
     damage: list[str] = []
-    pallas, triton = launch.pl, tile.plgpu
+    pallas, triton = launch.pl, memory.plgpu
 
     def load(at: Any, **options: Any) -> Any:
         return triton.load(_banded(at), **options)
@@ -50,12 +50,12 @@ def guarded() -> Iterator[list[str]]:
     calls: Any = SimpleNamespace(
         pallas_call=pallas_call, program_id=pallas.program_id, cdiv=pallas.cdiv
     )
-    accesses: Any = SimpleNamespace(load=load, store=store, dot=triton.dot)
-    launch.pl, tile.plgpu = calls, accesses
+    accesses: Any = SimpleNamespace(load=load, store=store)
+    launch.pl, memory.plgpu = calls, accesses
     try:
         yield damage
     finally:
-        launch.pl, tile.plgpu = pallas, triton
+        launch.pl, memory.plgpu = pallas, triton
 
 
 def _between_bands(

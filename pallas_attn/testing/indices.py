@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_attn.triton import tile
+from pallas_attn.triton import memory
 
 
 i32 = jnp.int32
@@ -41,7 +41,7 @@ def watched() -> Iterator[list[Stray]]:
     not count: nothing is read there.
     """
     strays: list[Stray] = []
-    pallas: Any = tile.plgpu
+    pallas: Any = memory.plgpu
 
     def load(ref: Any, *, mask: Any = None, **options: Any) -> Any:
         _look(strays, "load", ref, mask)
@@ -51,12 +51,12 @@ def watched() -> Iterator[list[Stray]]:
         _look(strays, "store", ref, mask)
         return pallas.store(ref, x, mask=mask, **options)
 
-    seen: Any = SimpleNamespace(load=load, store=store, dot=pallas.dot)
-    tile.plgpu = seen
+    seen: Any = SimpleNamespace(load=load, store=store)
+    memory.plgpu = seen
     try:
         yield strays
     finally:
-        tile.plgpu = pallas
+        memory.plgpu = pallas
 
 
 def _look(strays: list[Stray], what: str, ref: Any, mask: Any) -> None:

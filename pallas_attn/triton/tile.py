@@ -246,14 +246,14 @@ class Tile:
         at = jnp.broadcast_to(number, bad.shape)
         if self.call.interpret:  # it writes the old value back where a mask is False
             at = jnp.where(bad, at, ref.shape[0])
-        plgpu.store(ref.at[(at,)], jnp.ones(bad.shape, ref.dtype), mask=bad)
+        store(ref.at[(at,)], bad, jnp.ones(bad.shape, ref.dtype), ref)
 
     def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
         if home == "pair":
             return self._pair_any(ref, turned=self.flip).astype(f32)
         if home == "head":
-            return plgpu.load(ref.at[self._lead(*ref.shape)]).astype(f32)
+            return load(ref.at[self._lead(*ref.shape)], None).astype(f32)
         b, h = self._lead(ref.shape[0], ref.shape[2])
         axis = "q" if home == "query" else "k"
         i0, n, size, limits = self._limits(axis, stored=False)
@@ -401,7 +401,7 @@ class Tile:
         if queries > 1:
             ok = inside(self.q0, self.bq, (0, queries), queries)
             return self.along_q(load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
-        return plgpu.load(ref.at[b, h, zero, zero])
+        return load(ref.at[b, h, zero, zero], None)
 
     def _guard(self, visible: jax.Array | None, axis: int, x: jax.Array) -> jax.Array:
         if visible is None or not self.sight.veiled:
