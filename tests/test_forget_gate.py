@@ -1,5 +1,6 @@
 """The forget gate is its formula, to an error that does not grow with the length."""
 
+import functools
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -382,3 +383,24 @@ def test_a_row_whose_every_key_has_minus_1e9(implementation):
     mean = np.asarray(value, np.float64).mean(1, keepdims=True)
     assert_formula(out, np.broadcast_to(mean, out.shape))
     assert_formula(back(ones)[0], np.ones(value.shape))
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+@pytest.mark.parametrize("offset", [-3, 1, 5, 30, 99])
+def test_an_offset_is_the_positions_that_it_stands_for(offset, traced, getkey):
+    """Sums are read from where the queries start, or sorted with their positions.
+
+    What is wrong with a query's own shows in its lse alone.
+    """
+    query = jax.random.normal(getkey(), (1, 7, 2, 16))
+    key, value = jax.random.normal(getkey(), (2, 1, 23, 2, 16))
+    bias = ForgetGate(jax.nn.log_sigmoid(jax.random.normal(getkey(), (1, 23, 2))))
+    attend = functools.partial(
+        pallas_attn.dot_product_attention, query, key, value, bias,
+        is_causal=True, implementation="xla", return_residual=True,
+    )  # fmt: skip
+    start = jnp.array([offset], jnp.int32) if traced else offset
+    positions = jnp.arange(7, dtype=jnp.int32) + offset
+    keys = jnp.arange(23, dtype=jnp.int32)
+    want = attend(query_positions=positions, key_positions=keys)
+    assert_formula(attend(query_offset=start), want)

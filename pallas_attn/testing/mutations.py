@@ -88,7 +88,7 @@ FAULTS = (
           "return self._product(g, self.ones.prefix)", "values gradients"),
     Fault("sums one position late", "bias/forget_gate.py",
           "first = min(max(offset, -count), keys) + count",
-          "first = min(max(offset, -count), keys) + count - 1", "values gradients"),
+          "first = min(max(offset, -count), keys) + count - 1", "forget_gate"),
     Fault("a chunk that keys end before", "xla/chunks.py",
           "stop = queries + 1", "stop = queries", "xla"),
     Fault("a token in another's place", "layers/cache.py",
