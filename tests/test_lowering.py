@@ -24,7 +24,7 @@ from pallas_attn.lowering.lower import (
     triton_version,
     unavailable,
 )
-from pallas_attn.lowering.triton_ir import offset_bits
+from pallas_attn.lowering.triton_ir import offset_bits, turned_choices
 from pallas_attn.testing.cases import Case, cases
 from pallas_attn.testing.evaluate import kernels, small
 from pallas_attn.testing.machine_code import (
@@ -157,6 +157,17 @@ def test_entmax_lowers(bias, situation, normalizer):
         assert {"list_candidates_kernel", "list_cols_kernel"} <= names
     else:
         assert {"slots_kernel", "output_kernel", "rows_kernel", "cols_kernel"} <= names
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "entmax 1.5", "entmax learned"])
+@pytest.mark.parametrize("situation", ["all at once", "causal lengths GQA"])
+def test_no_product_takes_a_choice_of_rows_turned(situation, normalizer):
+    """Not every compiler of Triton has a way to lay out the bits of the choice."""
+    case = Case("dense", situation, (), normalizer).at(dtype="bfloat16")
+    found = kernels(case, config=small("dense", normalizer))
+    turned = {k.name: turned_choices(triton_ir(k)) for k in found}
+    assert {"rows_kernel", "cols_kernel"} & {*turned}
+    assert not any(turned.values())
 
 
 def test_both_ways_of_long_entmax_lower():

@@ -97,6 +97,30 @@ def accumulated(ttir: str) -> frozenset[int]:
     return _arguments(ttir, table, found)
 
 
+def turned_choices(ttir: str) -> list[str]:
+    """Products, by name, of a transpose of rows of which some were chosen.
+
+    XLA's Triton may move the row's bit to the layout of such a product, through shared
+    memory, which holds no bits: it then does not compile.
+    """
+    table = _table(ttir)
+
+    def chosen(value: str) -> bool:
+        operation = table.get(value)
+        if operation is None or operation.name != "arith.select":
+            return False
+        condition = table.get(operation.operands[0])
+        return condition is not None and condition.name == "tt.broadcast"
+
+    return [
+        x.result
+        for x in table.values()
+        if x.name == "tt.dot"
+        for turned in (table.get(operand) for operand in x.operands[:2])
+        if turned and turned.name == "tt.trans" and chosen(turned.operands[0])
+    ]
+
+
 def offset_bits(ttir: str) -> dict[int, int]:
     """The fewest bits that offsets into each argument have, by its place."""
     owners = _places(ttir)  # whose address a value is

@@ -53,12 +53,12 @@ def alpha_kernel(
 
     def add(t: Tile, sums: Sums) -> Sums:
         total, by_u, by_h = sums
-        x, row, visible = row_scores(t, q, qs, ops.k, ops.added, held)
-        v = t.seen_keys(visible, t.keys(ops.v))
+        x, row, _ = row_scores(t, q, qs, ops.k, ops.added, held)
         m, level = (stats.m - row)[:, None], stats.level[:, None]
         by_alpha = power.by_alpha(x, m, level, call.scale)
         _, u = power.weights(x, m, level, call.scale)
-        dp, drop = t.dot(do, v.T), drop_on(t)
+        # NaN of a key that nobody sees meets u and p h of 0, below
+        dp, drop = t.dot(do, t.keys(ops.v).T), drop_on(t)
         dp = dp if drop is None else drop(dp * rescale(call))
         beyond = dp - stats.delta[:, None]
         return (
