@@ -220,7 +220,7 @@ def test_an_only_key_2_30_away_has_all_weight(dtype, implementation):
     def attend(value: jax.Array) -> jax.Array:
         return dot_product_attention(
             query, key, value, bias, query_offset=2**30 - T, config=SMALL,
-            implementation=implementation,
+            implementation=implementation, **EXACT,
         )  # fmt: skip
 
     output, back = jax.vjp(attend, key)

@@ -3,6 +3,8 @@
 import ast
 import functools
 import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,18 @@ def plans(which: str) -> tuple[Plan, ...]:
 def test_a_random_call_is_right(which, seed):
     found = run(seed, options(which))
     assert not found.findings, "\n".join([found.call, *map(str, found.findings)])
+
+
+@pytest.mark.whole
+def test_calls_that_once_failed_are_right_where_a_user_runs_them():
+    """There XLA contracts products and sums, which the flags of these tests forbid."""
+    plain = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    command = ["-m", "pallas_attn.fuzz", "--kept", "--impl", kernel_implementation()]
+    ran = subprocess.run(
+        [sys.executable, *command, "--processes", "1"],
+        env=plain, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_there_are_calls_enough():

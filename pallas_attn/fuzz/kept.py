@@ -14,6 +14,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         1169,  # a learned alpha of 2: the log of a weight that was 0 but for rounding
         1260,  # float16, a scale of 3e6: the query's gradient was rounded before it
         400004,  # entmax at an offset of 2^20: a multiply-add in one pass alone
+        530004,  # two parts of what a whole row has: the same, of their sum
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
         100040,  # top_k: a total that is NaN made keys that nobody wrote candidates

@@ -51,9 +51,9 @@ def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Sc
         return x * factor
     if not (call.exact or always):
         return x * factor
-    if call.interpret:  # a choice between products is no product
+    if call.interpret:  # a choice is no product, here between equal numbers
         y = x * factor
-        return jnp.where(y <= -3e38, -jnp.inf, y)
+        return jnp.where(y <= -3e38, y - 1, y)
     bits = int(np.float32(factor).view(np.uint32))
     return _inline(f"mul.rn.f32 $0, $1, 0f{bits:08X};", x, f32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_attn.bias.base import Added, Bias, parts_of
 from pallas_attn.bias.region import Positions
-from pallas_attn.call import NO_WEIGHT
+from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.tiled.fields import (
     Field,
     fields,
@@ -21,6 +22,7 @@ from pallas_attn.tiled.fields import (
     with_fields,
 )
 from pallas_attn.tiled.summaries import Extremes, Sight
+from pallas_attn.triton.ptx import product
 from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Index, Ref, Scalar
 
@@ -30,6 +32,11 @@ f32 = jnp.float32
 
 class Ground(Positions, Protocol):
     """What terms are looked at on: a tile, or listed pairs of queries and keys."""
+
+    @property
+    def call(self) -> Call:
+        """What is known of the call when it is traced."""
+        ...
 
     @property
     def sight(self) -> Sight:
@@ -108,15 +115,20 @@ def _kept(terms: tuple[Bias, ...], t: Tile) -> jax.Array:
 
 
 def parts(terms: tuple[Bias, ...], t: Ground) -> tuple[Scalar, list[jax.Array]]:
-    """(row, rest): the sum of what does not depend on the key, and all that does."""
-    row, rest = 0.0, []
-    for term in terms:
-        for part in parts_of(term.tile(t)):
-            if jnp.ndim(part) == 0 or part.shape[0 if t.flip else 1] == 1:
-                row = row + part
-            else:
-                rest.append(part)
-    return row, rest
+    """(row, rest): the sum of what does not depend on the key, and all that does.
+
+    All passes round each part of the sum, so that it is the same number in them.
+    """
+    axis = 0 if t.flip else 1
+    every = [part for term in terms for part in parts_of(term.tile(t))]
+    whole = [jnp.ndim(part) == 0 or part.shape[axis] == 1 for part in every]
+    row, several = 0.0, sum(whole) > 1
+    for part in itertools.compress(every, whole):
+        if several:
+            part = jnp.broadcast_to(part, jnp.shape(part) or (1, 1))
+            part = product(t.call, part, 1.0, always=True)
+        row = row + part
+    return row, [part for part, of_row in zip(every, whole, strict=True) if not of_row]
 
 
 def pullback(
