@@ -1,5 +1,6 @@
 """Strict JAX, fresh keys, what this machine can run, and which rows are asked."""
 
+import gc
 import itertools
 import os
 
@@ -20,6 +21,9 @@ from pallas_attn.xla import chunks
 if jaxlib.version.__version_info__ < (0, 11):
     fast = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
+
+# Tracing makes objects by the million that hold one another and live on.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

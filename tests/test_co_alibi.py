@@ -91,6 +91,7 @@ def test_a_slope_of_0_is_no_bias(implementation):
     assert_formula((got, grads), (want, {x: true[x] for x in grads}))
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("situation", ["full", "causal", "bottom-right", "lengths"])
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_slopes_of_any_sign_and_size(slopes, situation, implementation):
     assert_formula(gradients(sample, **options(implementation)), truth(sample))
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("situation", ["full", "causal", "mask BNTS"])
 @pytest.mark.parametrize("slope", [0.1, 1.0, -0.1])
@@ -169,6 +171,7 @@ def test_sums_follow_storage_and_visibility_follows_positions(implementation):
     assert_formula(gradients(placed, **options(implementation)), truth(masked))
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_nan_in_a_far_key_is_not_left_out(name, implementation):
@@ -188,6 +191,7 @@ def test_nan_in_a_far_key_is_not_left_out(name, implementation):
     assert np.isfinite(output[clean]).all()
 
 
+@pytest.mark.at_most(1)
 @everywhere
 @pytest.mark.parametrize("slope", [-0.5, -0.03, 0.0078, 0.5])
 def test_long_rows(slope, implementation):

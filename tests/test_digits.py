@@ -83,6 +83,7 @@ def by_head(values: Any, grads: dict[str, Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.at_most(3)
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("name", TABLE)
 def test_large_scores_are_as_exact_as_small_ones(name, implementation):
@@ -91,6 +92,7 @@ def test_large_scores_are_as_exact_as_small_ones(name, implementation):
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("exponent", "size"), [(-22, 2.0**11), (36, 2.0**-6)])
@@ -149,6 +151,7 @@ FACTORED = FactoredBias(drawn_bias(1, T, 1, 5), drawn_bias(1, T, 1, 5))
 SUM = DenseBias(drawn_bias(1, 1, T, T)) + FACTORED + DenseBias(drawn_bias(1, 4, T, 1))
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
@@ -197,6 +200,7 @@ def test_what_a_whole_row_has_leaves_its_only_key_all_weight(dtype, implementati
     close(dk.astype(jnp.float32), np.zeros(dk.shape), atol=0.1)
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("offset", [0, T, 2**20])
 def test_so_is_one_of_entmax(offset, implementation):

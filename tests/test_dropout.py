@@ -189,6 +189,7 @@ def weights(case, implementation, **dropout):
     return np.swapaxes(output, 1, 2), residual
 
 
+@pytest.mark.at_most(3)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("bias", "normalizer"),
@@ -214,7 +215,7 @@ def test_the_same_weights_are_kept_everywhere(implementation, bias, normalizer):
 
 # "dropout" and "dropout GQA soft cap" are situations of the table: every law there
 # holds for some bias with them. Here for all of the kernels.
-@pytest.mark.at_most(5)
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("bias", KINDS)
 def test_every_gradient_of_every_bias(bias):
     case = Case(bias, "dropout GQA soft cap")
@@ -223,6 +224,7 @@ def test_every_gradient_of_every_bias(bias):
     assert_formula(got, true_gradients(case))
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize(
     "normalizer",
     ["entmax 1.5", "entmax learned", "entmax 2.0 top 3", "entmax learned top 8"],
@@ -288,6 +290,7 @@ def test_a_shared_mask_is_one_for_all_heads(implementation):
     np.testing.assert_array_equal(output != 0, np.broadcast_to(keep, output.shape))
 
 
+@pytest.mark.at_most(2)
 @everywhere_and_dense
 def test_vmap_over_keys(implementation):
     sample = Case("none", "causal").sample()

@@ -159,7 +159,7 @@ def in_numpy(scores, alpha, top_k):
     return np.maximum(x - low[:, None], 0) ** (1 / a), low
 
 
-@pytest.mark.at_most(8)
+@pytest.mark.at_most(4)
 @pytest.mark.parametrize(("case", "residual", "implementation"), PLACED, ids=str)
 def test_values_and_every_gradient(case, residual, implementation):
     sample = case.sample()
@@ -195,6 +195,7 @@ def test_the_written_backward_is_the_derivative(normalizer, situation):
     assert_formula(written(case.sample()), true_gradients(case))
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
@@ -281,6 +282,7 @@ ROWS = {
 }
 
 
+@pytest.mark.at_most(3)
 @everywhere_and_dense
 @pytest.mark.parametrize(
     ("normalizer", "dtype"),
@@ -315,6 +317,7 @@ def test_weights_of_any_row_add_up_to_1(normalizer, dtype, implementation):
         assert np.isinf(residual[~alive]).all()
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize(
     "normalizer", ["entmax 1.5", "entmax 2.0", "entmax 1.5 top 8", "entmax learned"]
@@ -330,6 +333,7 @@ def test_tied_scores(normalizer, implementation):
     assert_formula(gradients(tied, **options(implementation)), truth(tied))
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("factor", [0.01, 9.0])
 @pytest.mark.parametrize(
@@ -450,6 +454,7 @@ def test_the_derivative_by_alpha_is_that_of_differences(alpha, top_k):
             assert_zero(dtau)
 
 
+@pytest.mark.at_most(3)
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
 @pytest.mark.parametrize("situation", ["causal", "lengths"])
 def test_forward_mode_and_second_order(situation, normalizer, small_chunks):
@@ -470,6 +475,7 @@ def test_forward_mode_and_second_order(situation, normalizer, small_chunks):
     assert_formula(got, jax.jit(lambda: derivatives("reference"))())
 
 
+@pytest.mark.at_most(3)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
 @pytest.mark.parametrize(
@@ -521,6 +527,7 @@ class Level(Bias):
 SHIFTS = jnp.resize(jnp.array([0.0, -1e4, -65504.0, -1e9], jnp.float32), (37,))
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 @pytest.mark.parametrize(
@@ -536,6 +543,7 @@ def test_what_all_keys_of_a_query_share_costs_no_digits(
     assert_formula(gradients(sample, **options(implementation)), truth(sample))
 
 
+@pytest.mark.at_most(3)
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 2.0 top 3"])
 def test_nan_where_nobody_looks(normalizer, implementation):
@@ -573,6 +581,7 @@ def test_nan_where_nobody_looks(normalizer, implementation):
     assert_formula(got, truth(clean))
 
 
+@pytest.mark.at_most(3)
 @everywhere_and_dense
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax 1.5 top 3"])
 def test_nan_in_a_visible_place_shows(normalizer, implementation):
@@ -645,6 +654,7 @@ def test_long_rows_go_by_lists_where_they_fit_and_by_tiles_else(
     assert bool(found.lists.fits) == fits
 
 
+@pytest.mark.at_most(1)
 @pytest.mark.parametrize("bias", ["dense-1NTS"])
 def test_both_ways_of_long_rows_make_what_is_asked_for(bias, monkeypatch):
     """One conditional has both: each makes the gradients wanted, and no others."""
@@ -682,6 +692,7 @@ def test_visited_and_sparsity_count_the_same_blocks(normalizer):
     assert (found.forward >= found.rows - 1e-6).all()
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("normalizer", ["entmax 1.5", "entmax learned top 8"])
 def test_transformations_mean_what_they_say(normalizer, implementation):

@@ -54,6 +54,7 @@ def textbook(log_gate, query_positions, key_positions):
     return np.moveaxis(added, -1, 0)
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("offset", [0, 16, -20, 60])
 def test_it_is_the_formula(offset):
     gates = jax.nn.log_sigmoid(jax.random.normal(jax.random.key(0), (1, 23, 3)))
@@ -93,7 +94,7 @@ def test_positions_given_or_counted_are_the_same(implementation):
     assert_formula(got, np.asarray(want, np.float64))
 
 
-@pytest.mark.at_most(4)
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("situation", PLACED)
 def test_every_gradient(situation, implementation):
@@ -226,6 +227,7 @@ def of_segments(rng, count, ordered):
     return np.sort(ids, -1) if ordered else ids
 
 
+@pytest.mark.at_most(3)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(
     "where", ["counted", "offset", "offsets", "restart", "any", "heads"]

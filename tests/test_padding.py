@@ -32,7 +32,7 @@ WEIGHTLESS = [-jnp.inf, -3e38, -1e30]
 everywhere = pytest.mark.parametrize("implementation", implementations())
 
 
-@pytest.mark.at_most(6)
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("bias", KINDS)
@@ -61,6 +61,7 @@ def test_poison_in_what_nobody_reads(bias, situation, implementation):
     assert_formula(got, true_gradients(case))
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
@@ -121,6 +122,7 @@ def test_large_negative_numbers_are_ordinary(level, implementation):
     assert_formula(grads["value"], np.broadcast_to(share, grads["value"].shape))
 
 
+@pytest.mark.at_most(4)
 @everywhere
 @pytest.mark.parametrize("sizes", [{"T": 0}, {"S": 0}, {"B": 0}, {"T": 0, "S": 0}])
 @pytest.mark.parametrize("bias", ["none", "sum", "co_alibi"])

@@ -157,6 +157,7 @@ def test_what_is_left_out_is_not_missed(name, no_budget):
     assert_rounded_apart(pruned, unpruned, truth(drawn))
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 1.0), ("bfloat16", 1e20)])
 def test_weights_stay_within_range(dtype, size):
     """One key is 2^70 above the others; and its value, in bfloat16, is large too."""
@@ -272,6 +273,7 @@ def contextual(name, **settings):
     return adversary
 
 
+@pytest.mark.at_most(2)
 @pytest.mark.parametrize("settings", [{}, {"local_window_size": (90, 0)}], ids=str)
 @pytest.mark.parametrize("name", CONTEXTUAL)
 def test_an_early_exit_is_not_noticed(name, settings):

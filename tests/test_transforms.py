@@ -36,6 +36,7 @@ def attend(query, key, value, bias=None, mask=None, **options):
     )
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("bias", ["sum", "co_alibi"])
 def test_no_retrace_for_equal_shapes(bias, implementation):
@@ -50,7 +51,7 @@ def test_no_retrace_for_equal_shapes(bias, implementation):
         once(sample.operands, sample.conditions, sample.cotangents)
 
 
-@pytest.mark.at_most(4)
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize(
     ("bias", "mapped"),
@@ -104,6 +105,7 @@ def test_vmap_is_a_loop(bias, mapped, implementation):
     assert_formula(pull_mapped(operands, mask, jnp.stack(do)), (out, want))
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("bias", ["alibi", "dense", "co_alibi"])
 def test_checkpoint_changes_nothing(bias, implementation):
@@ -120,6 +122,7 @@ def test_checkpoint_changes_nothing(bias, implementation):
     assert_formula(pull(jax.checkpoint(f)), pull(f))
 
 
+@pytest.mark.at_most(1)
 @everywhere
 def test_scan_is_a_loop(implementation):
     """Layers with stacked slopes and a dense bias shared by all."""
@@ -144,6 +147,7 @@ def test_scan_is_a_loop(implementation):
     assert_formula(pull(scanned), pull(looped))
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize("bias", ["sum", "co_alibi"])
 def test_jacrev(bias, implementation):

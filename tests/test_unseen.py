@@ -65,7 +65,7 @@ NORMALIZER = {"learned": "entmax learned", "top": "entmax learned top 8"}
 CALLS = [(row, name) for row in ROWS for name in implementations()]
 
 
-@pytest.mark.at_most(6)
+@pytest.mark.at_most(4)
 @pytest.mark.parametrize(("row", "implementation"), CALLS, ids=str)
 def test_poison_reaches_nothing(row, implementation):
     """NaN and inf in all that no place reads, cotangents too, change no result."""

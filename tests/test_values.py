@@ -80,6 +80,7 @@ def test_a_bias_in_float64_is_written_out_in_float64(bias):
         assert not np.array_equal(found, found.astype(jnp.float32))
 
 
+@pytest.mark.at_most(3)
 @everywhere
 @pytest.mark.parametrize("bias", ["none", "dense", "factored", "alibi", "co_alibi"])
 @pytest.mark.parametrize("leading", [(), (2, 3), (1, 2, 1)], ids=str)
@@ -103,6 +104,7 @@ def test_any_number_of_leading_axes(leading, bias, implementation):
     assert_same_bits(got.reshape(flat.shape), flat)
 
 
+@pytest.mark.at_most(2)
 @everywhere
 @pytest.mark.parametrize(
     ("bias", "normalizer"),
