@@ -28,6 +28,11 @@ class SoftmaxRows:
         """Whether a query attends to anything."""
         return self.lse != jnp.inf
 
+    @property
+    def large(self) -> bool:
+        """Whether the forward pass kept lse in two."""
+        return self.peak is not None
+
     def weights(
         self,
         t: Tile,

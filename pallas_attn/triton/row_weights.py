@@ -27,6 +27,11 @@ class RowWeights(Protocol):
         """[bq], whether a query attends to anything."""
         ...
 
+    @property
+    def large(self) -> bool:
+        """Whether all passes must round alike what a whole row has, in 16 bits too."""
+        ...
+
     def weights(
         self,
         t: Tile,

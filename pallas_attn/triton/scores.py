@@ -82,7 +82,7 @@ def row_scores(
     several = len(added.terms) + len(added.products) > 1
     x, _ = dots(t, q, t.keys(k), qs, [t.keys(b) for _, b in added.products])
     t, terms = on_tile(added, t, held)
-    row, rest = parts(terms, t)
+    row, rest = parts(terms, t, large=large)
     for r in weightless(rest, several):
         # Not `+ r`: that would become the dot's accumulator, whose load Triton does
         # not pipeline.
@@ -153,7 +153,7 @@ def weights_and_ds(
         return t.dot(v, do.T) if t.flip else t.dot(do, v.T)
 
     s, slope = dots(t, q, k, *factors)
-    row, rest = parts(terms, t)
+    row, rest = parts(terms, t, large=stats.large)
     rest = weightless(rest, len(terms) + len(factors[0]) > 1)
     dp = dp_dot() if any(r.shape == t.shape for r in rest) else None
     visible = t.visible

@@ -114,17 +114,19 @@ def _kept(terms: tuple[Bias, ...], t: Tile) -> jax.Array:
     )
 
 
-def parts(terms: tuple[Bias, ...], t: Ground) -> tuple[Scalar, list[jax.Array]]:
+def parts(
+    terms: tuple[Bias, ...], t: Ground, *, large: bool = False
+) -> tuple[Scalar, list[jax.Array]]:
     """(row, rest): the sum of what does not depend on the key, and all that does.
 
-    All passes round each part of the sum, so that it is the same number in them.
+    large: the sum may be so large that all passes must round it alike, part by part.
     """
     axis = 0 if t.flip else 1
     every = [part for term in terms for part in parts_of(term.tile(t))]
     whole = [jnp.ndim(part) == 0 or part.shape[axis] == 1 for part in every]
     row, several = 0.0, sum(whole) > 1
     for part in itertools.compress(every, whole):
-        if several:
+        if several and (large or t.call.exact):
             part = jnp.broadcast_to(part, jnp.shape(part) or (1, 1))
             part = product(t.call, part, 1.0, always=True)
         row = row + part

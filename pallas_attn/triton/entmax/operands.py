@@ -33,6 +33,11 @@ class EntmaxRows:
         """Whether a query attends to anything."""
         return self.m != jnp.inf
 
+    @property
+    def large(self) -> bool:
+        """Of 16 bits the forward pass kept no more digits than a dot has."""
+        return False
+
     def weights(
         self,
         t: Tile,
