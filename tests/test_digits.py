@@ -228,6 +228,8 @@ def test_an_only_key_2_30_away_has_all_weight(dtype, implementation):
         )  # fmt: skip
 
     output, back = jax.vjp(attend, key)
-    np.testing.assert_array_equal(output, jnp.broadcast_to(key, output.shape))
+    # 1 but for the last digits of a power of two
+    everywhere = jnp.broadcast_to(key, output.shape)
+    np.testing.assert_allclose(output, everywhere, rtol=2**-22, atol=0)
     want = np.sum(np.asarray(do, np.float64), 1, keepdims=True)
     np.testing.assert_allclose(back(do)[0], want, rtol=0.02, atol=0.05)

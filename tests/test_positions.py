@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import pallas_attn
+from pallas_attn import ALiBi, CoALiBi, DenseBias, Entmax, Softmax
 from pallas_attn.call import Call
 from pallas_attn.positions import difference, moved, within
-from pallas_attn.testing.evaluate import implementations, SMALL
+from pallas_attn.testing.evaluate import implementations, SMALL, small
 from pallas_attn.testing.numerics import assert_formula
 from pallas_attn.tiled.block_ranges import keys_in_sight, queries_in_sight
 from pallas_attn.tiled.summaries import frame, Sight
@@ -116,3 +117,59 @@ def test_calls_with_positions_2_31_apart(options, implementation):
     e = np.where(seen, np.exp2(-np.abs(DISTANCE) / 2**29 / np.log(2)), 0)
     want = np.pad(e / e.sum(1, keepdims=True), ((0, 0), (0, 16 - n)))
     assert_formula(attend(at)[0, :, 0], want)
+
+
+def _biases(rng):
+    slopes = jnp.asarray([0.5, 0.02, 1.0, 0.1], jnp.float32)
+    full = jnp.asarray(rng.standard_normal((2, 4, 256, 19)), jnp.float32)
+    return {
+        "none": None,
+        "alibi": ALiBi(slopes),
+        "co_alibi": CoALiBi(slopes),
+        "dense": DenseBias(full),
+    }
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize(
+    ("bias", "H", "normalizer"),
+    [
+        ("none", 24, Softmax()),
+        ("alibi", 24, Softmax()),
+        ("co_alibi", 24, Softmax()),
+        ("dense", 80, Softmax()),  # whose gradient is a dS that thin passes read
+        ("none", 24, Entmax(1.5)),
+        ("none", 24, Entmax(1.5, top_k=3)),
+    ],
+    ids=["none", "alibi", "co_alibi", "dense", "entmax", "top"],
+)
+def test_heads_that_share_keys_stand_where_each_stands(
+    bias, H, normalizer, implementation
+):
+    """Each query head sees the keys from another block of queries alone."""
+    config = small(bias, "softmax" if normalizer == Softmax() else "entmax 1.5")
+    rng = np.random.default_rng(3)
+    shapes = (2, 256, 4, H), (2, 19, 2, H), (2, 19, 2, H)
+    operands = [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes]
+    own = np.arange(256)[None, :] // 64 == np.arange(4)[:, None]
+    at = np.where(own, np.arange(256) % 64, 10**6)[None]
+
+    do = jnp.asarray(rng.standard_normal(shapes[0]), jnp.float32)
+
+    def loss(operands, bias, name):
+        output = pallas_attn.dot_product_attention(
+            *operands, bias, query_positions=jnp.asarray(at, jnp.int32),
+            key_positions=jnp.arange(19), local_window_size=(30, 30),
+            normalizer=normalizer, implementation=name, config=config,
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
+        return jnp.sum(output * do)
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    given = _biases(rng)[bias]
+    got, want = (
+        jax.tree.leaves(gradients(operands, given, name))
+        for name in (implementation, "reference")
+    )
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * float(jnp.abs(y).max()))

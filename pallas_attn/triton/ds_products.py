@@ -57,23 +57,25 @@ def thin_cols_kernel(
     plan: Plan,
 ) -> None:
     """Scale dS^T Y of one key block, summed over the query heads of its key head."""
-    t0 = key_tile(sight, call, plan, "thin_cols", program)
-    w, first = queries_of(t0, two=False), t0.h
+    x0 = key_tile(sight, call, plan, "thin_cols", program)
+    first = x0.h
 
     def of_head(h: Index, acc: jax.Array) -> jax.Array:
+        t0 = replace(x0, h=h)
+
         def step(t: Tile, acc: jax.Array) -> jax.Array:
             y, ds = t.rows(y_ref), t.pair(ds_ref)
             y = t.seen_queries(_veil(t, ds), y)
             return acc + t.dot(ds.astype(y.dtype).T, y)
 
-        return _thin_loop(w, replace(t0, h=h), at_queries, step, acc)
+        return _thin_loop(queries_of(t0, two=False), t0, at_queries, step, acc)
 
-    acc = zeros(t0.bk, y_ref)
+    acc = zeros(x0.bk, y_ref)
     if call.G == 1:
         acc = of_head(first, acc)
     else:
         acc = lax.fori_loop(first, first + call.G, of_head, acc)
-    t0.put_keys(out, acc * call.scale)
+    x0.put_keys(out, acc * call.scale)
 
 
 def _thin_loop(

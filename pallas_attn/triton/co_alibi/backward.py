@@ -136,13 +136,14 @@ def cols_kernel(
     out: Cols
     *_, out = refs
     x0 = key_tile(ops.sight, call, plan, saved.start, program)
-    at, sums = query_runs(x0), Sums.of(call, ones, flip=True)
+    sums = Sums.of(call, ones, flip=True)
     k, v = x0.keys(ops.k), x0.keys(ops.v)
     mul, ratio = call.scale * LOG2E, plan.forward.block_q // plan.cols.block_q
     j = x0.k0 // i32(x0.bk)
 
     def of_head(h: Index, state: ColState) -> ColState:
         t0 = replace(x0, h=h)
+        at = query_runs(t0)  # each head's queries may stand elsewhere
         slope, lead = Slope.of(ops.slopes, t0.b, h), _local(t0, saved.start, call)
         start, stop = _visitors(saved.first, t0, j, ratio)
 
