@@ -175,15 +175,18 @@ def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
 
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_a_whole_row_has_leaves_its_only_key_all_weight(dtype, implementation):
+@pytest.mark.parametrize("level", [-9984.0, -1.1e9, -3e11])
+def test_what_a_whole_row_has_leaves_its_only_key_all_weight(
+    level, dtype, implementation
+):
     """A row's own -1e12 beside a key's -9984: float32 has no room for their sum."""
     rng = np.random.default_rng(3)
     query, key, value, do = (
         jnp.asarray(rng.standard_normal((1, 37, 4, 80)), dtype) for _ in range(4)
     )
-    rows = jnp.asarray([0.0, -1e9, 1e9, -1e12], jnp.float32)[None, :, None, None]
+    rows = jnp.asarray([-1e4, -1e9, 1e9, -1e12], jnp.float32)[None, :, None, None]
     bias = DenseBias(jnp.broadcast_to(rows * 1.1, (1, 4, 37, 1)))
-    bias = bias + DenseBias(jnp.full((1, 1, 1, 37), -9984.0, jnp.float32))
+    bias = bias + DenseBias(jnp.full((1, 1, 1, 37), level, jnp.float32))
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return dot_product_attention(

@@ -94,6 +94,14 @@ def peak(m: Peak, x: jax.Array, row: jax.Array) -> Peak:
     return Peak(jnp.where(more, high, m.high), jnp.where(more, low, m.low))
 
 
+def difference(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(a - b as rounded, what it lacks), exact together (Knuth); 0 beside inf, NaN."""
+    rounded = a - b
+    part = a - rounded
+    lacks = (a - (rounded + part)) + (part - b)
+    return rounded, jnp.where(lacks == lacks, lacks, 0.0)
+
+
 def exponent(x: jax.Array, base: jax.Array, mul: float, large: bool) -> jax.Array:
     """(x - base) mul; as one multiply-add, unless scores may be large.
 
@@ -115,9 +123,12 @@ def relative(
     x: jax.Array, row: jax.Array, base: Peak, mul: float, exp2: Exp2, large: bool
 ) -> jax.Array:
     """Weights of a tile relative to that of the score `base`."""
-    e = exponent(x, (base.high - row)[:, None], mul, large)
+    if base.low is None:
+        return exp2(exponent(x, (base.high - row)[:, None], mul, large))
+    others, lacks = difference(base.high, row)
     # last: beside a large difference what it lacks would be lost
-    return exp2(e if base.low is None else e - (base.low * mul)[:, None])
+    more = (base.low + lacks) * mul
+    return exp2(exponent(x, others[:, None], mul, large) - more[:, None])
 
 
 def log_sum(reference: jax.Array, total: jax.Array) -> jax.Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_attn.normalizers.softmax import exponent, LOG2E
+from pallas_attn.normalizers.softmax import difference, exponent, LOG2E
 from pallas_attn.triton.ptx import exp2, product
 from pallas_attn.triton.tile import Tile
 from pallas_attn.types import Scalar
@@ -22,6 +22,7 @@ class SoftmaxRows:
     delta: jax.Array
     peak: jax.Array | None
     total: jax.Array | None
+    large_rows: bool  # as a plan has it
 
     @property
     def attends(self) -> jax.Array:
@@ -52,8 +53,13 @@ class SoftmaxRows:
             for r in rest:
                 s = s - product(t.call, r, -inverse)  # as the forward pass rounds it
             row = product(t.call, row, inverse, always=True)
-            base = t.along_q(self.peak) - row
-            e = exponent(s, base, mul, large=True) - t.along_q(self.total)
+            base, more = t.along_q(self.peak), t.along_q(self.total)
+            if self.large_rows and isinstance(row, jax.Array):
+                base, lacks = difference(base, row)
+                more = more + lacks * mul
+            else:
+                base = base - row
+            e = exponent(s, base, mul, large=True) - more
         if visible is not None:
             e = jnp.where(visible, e, -jnp.inf)
         p = exp2(t.call, e)
@@ -76,6 +82,7 @@ class Cotangents:
     peak: Float[Array, "B N T"] | None = None
     total: Float[Array, "B N T"] | None = None
     dlse: Float[Array, "B N T"] | None = None  # natural units; None: no cotangent
+    large_rows: bool = field(default=False, metadata={"static": True})
 
     def of_rows(self, t: Tile) -> SoftmaxRows:
         """The statistics of a tile's queries."""
@@ -85,4 +92,5 @@ class Cotangents:
             t.stat(self.delta),
             None if peak is None else t.stat(peak, jnp.inf),
             None if total is None else t.stat(total),
+            self.large_rows,
         )

@@ -81,7 +81,7 @@ def cotangents(
         PRE_PASS,
     )
     pruning = Pruning(res.grains, res.reach, floors) if p.pruned else Pruning()
-    cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse)
+    cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse, p.large_rows)
     return cot, pruning
 
 
