@@ -128,19 +128,27 @@ class Elements:
         if name == "query":
             x[(*lead, i, n)] = np.nan
             shown[(*lead, i, n)] = True
-            touched = shown
+            touched = shown.copy()
         else:
             x[(*lead, j, n // group)] = np.nan
             heads = slice(n // group * group, n // group * group + group)
             see = found.allowed
             if name == "value":  # one that weighs next to nothing may show or not
-                see = see & (found.weights > 2.0**-20)
+                see = see & found.kept & (found.weights > 2.0**-20)
             at = (*lead, slice(None), heads)
             shown[at] = np.swapaxes(see[(*lead, heads, slice(None), j)], -1, -2)
             touched = shown.copy()
             touched[at] = True
+        if name != "value":  # NaN is the weight of whatever a row has
+            shown &= np.swapaxes(self._weighs(found), -1, -2)
         self.marked = Marked(name, operands, shown, touched)
         self.values[0] = (operands | {name: x}, conditions, cotangents)
+
+    def _weighs(self, found: Truth) -> np.ndarray:
+        """Rows [*L, N, T] of which dropout leaves a key, whichever ones top_k takes."""
+        if self.plan.normalizer is not None and self.plan.normalizer[1] is not None:
+            return np.asarray((found.kept | ~found.reach).all(-1))
+        return np.asarray((found.kept & found.reach).any(-1))
 
     def stacked(self) -> tuple[Arrays, Arrays, Arrays]:
         """The axes of maps in front of what they vary, and of all cotangents."""

@@ -168,8 +168,6 @@ def _beside_nan(elements: Elements, output: np.ndarray) -> list[Finding]:
     elements.values[0] = (seen, conditions, elements.values[0][2])
     got = np.asarray(output).astype(np.float64)
     missed = marked.shown & found.alive & ~np.isnan(got).any(-1)
-    if plan.dropout and marked.name == "value":
-        missed = np.zeros_like(missed)
     findings = []
     if missed.any():
         note = f"{int(missed.sum())} rows that see a NaN {marked.name} are finite"

@@ -2,7 +2,7 @@
 
 A leaf may be off by a unit of its largest entry, 1e-5 in float32 and one rounding in 16
 bits, by half the least number of its dtype, and by what rounding makes of it: six times
-the most that noise in the truth's own steps moved it. That is honest conditioning: a
+what noise in the truth's own steps moved it by. That is honest conditioning: a
 sum of large scores that float32 cannot hold moves the truth as it moves the library,
 and digits that the library alone loses do not. In 16 bits it may also be three times as
 far off as "xla".
@@ -30,13 +30,13 @@ UNITS = {
 }
 # float64 sums of up to 150 products, and 60 steps of an entmax threshold.
 DOUBLE = 1e-10
-# Two draws of noise, each of its steps off by a unit at most: six times the larger.
+# Draws of noise, each of its steps off by a unit at most: six times the root of their
+# mean square, for a leaf of one number may hardly move in one draw or two.
 NOISE = 6
-DRAWS = 2
-# Where rounding decides which key of a row has its weight, two draws may choose as the
-# truth does. Of more draws the larger, twice, for the choice may fall to either side;
-# where noise moves a leaf smoothly, this is less than six times what two draws move it.
-MORE_DRAWS = 6
+DRAWS = 8
+# Where rounding decides which key of a row has its weight, few draws may choose as the
+# truth does not. Of all draws the largest, twice, for the choice may fall to either
+# side; where noise moves a leaf smoothly, this is less.
 CHOICE = 2
 # Of a leaf that is 0 but for rounding there is no size to be relative to.
 NOTHING = 1e-9
@@ -62,11 +62,11 @@ class Leaf:
 
 
 def noisy(elements: Elements) -> list[Arrays]:
-    """What rounding at each step may make of the truth: `DRAWS`, then `MORE_DRAWS`."""
+    """What rounding at each step may make of the truth, `DRAWS` times."""
     plan = elements.plan
     unit = UNITS[plan.accumulator]
     store = UNITS[plan.dtype] if plan.low else unit
-    seeds = ([plan.seed, elements.index, 1000 + n] for n in range(DRAWS + MORE_DRAWS))
+    seeds = ([plan.seed, elements.index, 1000 + n] for n in range(DRAWS))
     rngs = (np.random.default_rng(seed) for seed in seeds)
     noises = (Noise(rng, unit, store) for rng in rngs)
     return [elements.joined(elements.truths(noise)) for noise in noises]
@@ -95,7 +95,8 @@ def leaf(
     error, size = difference(got, want, skip), largest(want)
     moved = [difference(x, want, skip) for x in rough]
     moved = [x if math.isfinite(x) else 0.0 for x in moved]
-    noise = max(NOISE * max(moved[:DRAWS]), CHOICE * max(moved))
+    mean = math.sqrt(sum(x * x for x in moved) / len(moved))
+    noise = max(NOISE * mean, CHOICE * max(moved))
     dtype = got.dtype.name
     unit = UNITS[plan.dtype] if plan.low else _unit(plan)
     allowed = max(unit, UNITS[dtype]) * size + LEAST

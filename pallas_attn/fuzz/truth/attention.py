@@ -66,6 +66,7 @@ class Truth:
         reach: Pairs that are allowed, and not taken away by the bias, [*L, N, T, S].
         allowed: Pairs that are allowed, [*L, N, T, S].
         weights: [*L, N, T, S].
+        kept: Pairs that dropout leaves, [*L, N, T, S].
         gradients: By operand.
     """
 
@@ -77,6 +78,7 @@ class Truth:
     reach: np.ndarray
     allowed: np.ndarray
     weights: np.ndarray
+    kept: np.ndarray
     gradients: Arrays = field(default_factory=dict)
 
 
@@ -143,11 +145,12 @@ def truth(
         flat = noise.random.uniform(-1, 1, p.shape) * 2.0**-24 * visible
         p = noise.on(p, noise.store) + flat
         u = noise.on(u, noise.store) + (flat if plan.normalizer is None else 0)
-    keep: np.ndarray | float = 1.0
+    left = np.ones(plan.full, bool)
     if plan.dropout:
         flattened = (math.prod(plan.L), plan.N, plan.T, plan.S)
         mask = kept(conditions["words"], plan.dropout, flattened)
-        keep = mask.reshape(plan.full) / (1 - plan.dropout)
+        left = mask.reshape(plan.full)
+    keep = left / (1 - plan.dropout)
     output = noise.on(
         (p * keep) @ read.v, noise.store, (found.p * keep) @ np.abs(read.v)
     )
@@ -157,15 +160,18 @@ def truth(
         given = _Backward(plan, operands, cotangents, noise, read, logits, found)
         gradients = given.gradients(p, u, keep, alive)
     rows = lambda x: np.swapaxes(x, -1, -2)
+    # beside the peak stands the log of a sum of at least 1, which is rounded as it is
+    beside = 1 + np.abs(finite(found.residual))
     return Truth(
         np.moveaxis(output, -3, -2),
-        rows(noise.on(found.residual, noise.score)),
+        rows(noise.on(found.residual, noise.score, beside)),
         rows(found.unsure),
         rows(found.unselected),
         rows(alive),
         read.reach,
         see.allowed,
         found.p,
+        left,
         gradients,
     )
 
@@ -279,10 +285,14 @@ class _Backward:
         dres = np.where(alive, dres, 0.0)[..., None]
         pulled = do @ np.swapaxes(read.v, -1, -2)
         size = np.abs(do) @ np.swapaxes(np.abs(read.v), -1, -2)
-        pulled = keep * noise.on(pulled, noise.score, size)
+        pulled, size = keep * noise.on(pulled, noise.score, size), keep * size
         delta = (u * pulled).sum(-1, keepdims=True) / found.total
-        size = np.abs(u * pulled).sum(-1, keepdims=True) / found.total
-        delta = noise.on(delta, noise.store, size)
+        # a product with the mean of the values, which was stored: where dP is noisy
+        # because its own products nearly cancel, delta is so by itself
+        stored = np.abs(u * pulled).sum(-1, keepdims=True) / found.total
+        summed = (u * size).sum(-1, keepdims=True) / found.total
+        delta = noise.on(delta, noise.store, stored)
+        delta = noise.on(delta, noise.score, summed)
         unit = np.where(found.slope == 0, 1.0, found.slope)
         dt = u * (pulled - delta + unit * dres / found.total)
         dt = np.where(np.isneginf(self.logits.t), 0.0, noise.on(dt, noise.store))

@@ -35,13 +35,16 @@ i32 = jnp.int32
 # times what it may leave of sum p = 1.
 SLOPE = 1024
 
+# What rounding leaves of sum p = 1 in float32.
+ROUNDED = 2.0**-20
+
 # More sweeps than any row has needed.
 MOST_SWEEPS = 20
 
 # Of each row sum p, sum u, sum p v and sum u v.
 Means = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-# The same, and the bits of all.
-Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+# The same, the bits of all, and sum u^2 / p where the digits of sum u are wanted.
+Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 @jax.tree_util.register_dataclass
@@ -107,11 +110,13 @@ def output_kernel(
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found.m, jnp.inf), t0.stat(found.r)
     exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
+    no_bend = jnp.zeros((t0.bq,), f32) if exact and not power.linear else None
 
     def add(level: jax.Array, t: Tile, state: Sums) -> Sums:
-        p_sum, u_sum, p_v, u_v, bits = state
+        p_sum, u_sum, p_v, u_v, bits, bent = state
         x, row, visible = sweep.scores(t)
-        p, u = power.weights(x, (m - row)[:, None], level[:, None], call.scale)
+        at = (m - row)[:, None], level[:, None], call.scale
+        p, u = power.weights(x, *at)
         v, more = t.seen_keys(visible, t.keys(v_ref)), jnp.sum(u, 1)
         drop = drop_on(t)
         kept_p, kept_u = (p, u) if drop is None else (drop(p), drop(u))
@@ -121,11 +126,12 @@ def output_kernel(
             p_v + t.dot(kept_p.astype(v.dtype), v),
             u_v + t.dot(kept_u.astype(v.dtype), v),
             mark(bits, t.k0 // i32(t.bk), more) if words else bits,
+            None if bent is None else bent + jnp.sum(power.bends(x, *at), 1),
         )
 
     nothing, empty = jnp.zeros((t0.bq,), f32), zeros(t0.bq, ops.v)
     bits = jnp.zeros((max(2, words),), i32)
-    blank = (nothing, nothing, empty, empty, bits)
+    blank = (nothing, nothing, empty, empty, bits, no_bend)
 
     def over_blocks(level: jax.Array) -> tuple[Sums, Visits]:
         step: Step[Sums] = lambda t, s: add(level, t, s)
@@ -135,12 +141,15 @@ def output_kernel(
         marked = Support(found.bits)
         return marked.over_keys(t0, ops, sweep.held, None, plan, step, blank)
 
-    def remaining(p: jax.Array, u: jax.Array) -> jax.Array:
+    def remaining(p: jax.Array, u: jax.Array, bent: jax.Array | None) -> jax.Array:
         left = left_by(power, p, u, r)
-        if not exact:
+        if bent is None:
             return left
         # o2 and sum u are of the threshold before the step
-        return jnp.maximum(left, r * jnp.abs(p - 1) * (1 / SLOPE))
+        u = jnp.maximum(u, TINY)
+        moved = (1 - power.a) * (bent / u) * (jnp.abs(p - 1) / u)
+        rounded = jnp.abs(p - 1) < ROUNDED
+        return jnp.maximum(left, jnp.where(rounded, 0.0, moved * (1 / SLOPE)))
 
     def again(state: Search) -> Search:
         level, step, _, bits, _, n, _ = state
@@ -148,7 +157,7 @@ def output_kernel(
         sums, visits = over_blocks(level)
         p, u = sums[:2]
         step = jnp.where(p <= 0, 0.0, steps(power, p, u, r))
-        left = jnp.where(p <= 0, 0.0, remaining(p, u))
+        left = jnp.where(p <= 0, 0.0, remaining(p, u, sums[5]))
         more = (jnp.max(left) > tolerance) & (n + 1 < MOST_SWEEPS)
         bits = jnp.where(n == 0, sums[4], bits)
         more = uniform(call, more.astype(i32))
