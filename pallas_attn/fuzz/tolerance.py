@@ -101,8 +101,10 @@ def leaf(
     unit = UNITS[plan.dtype] if plan.low else _unit(plan)
     allowed = max(unit, UNITS[dtype]) * size + LEAST
     allowed += noise * (1 if size else 2)
-    # A number below the normal ones is rounded to a multiple of the least.
-    allowed += float(ml_dtypes.finfo(got.dtype).smallest_subnormal) / 2
+    # A number below the normal ones is rounded to a multiple of the least, and so is
+    # each that is added up in 16 bits, or is multiplied by an array scale.
+    roundings = 1 + plan.scale_array + sum(plan.map_sizes)
+    allowed += roundings * float(ml_dtypes.finfo(got.dtype).smallest_subnormal) / 2
     if plan.low and peer is not None:
         allowed += GRADIENT_RATIO * difference(peer, want, skip)
     if size < NOTHING:  # a sum of what cancels

@@ -220,7 +220,8 @@ def _logits(plan: Plan, operands: Arrays, read: _Readable, noise: Noise) -> _Log
     if plan.soft_cap is not None:
         y = np.tanh(s / plan.soft_cap)
         s = noise.on(plan.soft_cap * y, noise.score)
-        bent = noise.on(1 - y * y, noise.score, np.ones_like(y))
+        # of a tanh that may be off by a few units itself
+        bent = noise.on(1 - y * y, 2 * noise.score, np.ones_like(y))
     if plan.contextual:
         return _contextual(operands, read, noise, s, products, size, scale, bent)
     t = s
