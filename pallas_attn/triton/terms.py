@@ -127,7 +127,7 @@ def parts(
     row, several = 0.0, sum(whole) > 1
     for part in itertools.compress(every, whole):
         if several and (large or t.call.exact):
-            part = jnp.broadcast_to(part, jnp.shape(part) or (1, 1))
+            part = jnp.broadcast_to(jnp.asarray(part, f32), jnp.shape(part) or (1, 1))
             part = product(t.call, part, 1.0, always=True)
         row = row + part
     return row, [part for part, of_row in zip(every, whole, strict=True) if not of_row]
