@@ -74,6 +74,8 @@ FAULTS = (
     Fault("a query that sees another's NaN", "triton/tile.py",
           "visible is None or not self.sight.veiled", "visible is None or True",
           "unseen padding"),
+    Fault("a range of another head", "triton/ds_products.py",
+          "queries_of(t0, two=False)", "queries_of(x0, two=False)", "positions"),
     Fault("a flag that nobody looks at", "triton/again.py",
           "lax.cond(flagged, lambda: run(number), lambda: None)",
           "lax.cond(flagged & (number < 0), lambda: run(number), lambda: None)",
