@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 import traceback
@@ -74,6 +75,8 @@ def prepare(options: Options) -> None:
     from pallas_attn.triton.entmax import route
     from pallas_attn.xla import chunks
 
+    # tracing makes objects by the million that hold one another and live on
+    gc.set_threshold(200_000, 20, 100)
     if jax.default_backend() == "cpu":
         # a program runs few times: XLA's optimiser takes longer than it saves
         jax.config.update("jax_disable_most_optimizations", True)

@@ -12,6 +12,7 @@ commits' files says which kernels have changed.
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -90,21 +91,32 @@ def asked() -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def main() -> int:
-    """Writes the file anew.
+    """Writes the file anew, or counts what would be new in it.
 
     Returns:
         The exit status, 0.
     """
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_attn.testing.machine_code", description=__doc__
+    )
+    parser.add_argument(
+        "--count", action="store_true", help="say how many are new; compile nothing"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    given = parser.parse_args()
     questions = asked()
     known = {name: x for name, x in _figures().items() if name in questions}
     new = [name for name in questions if name not in known]
+    if given.count:
+        print(f"{len(questions)} kernels, {len(new)} of them new")
+        return 0
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(given.processes, context) as pool:
         answers = pool.map(_answered, [questions[name] for name in new])
         for place, (name, answer) in enumerate(zip(new, answers, strict=True), 1):
             known[name] = answer
             print(f"\r{place} of {len(new)} compiled", end="", file=sys.stderr)
-    print(f"{len(known)} kernels, {len(new)} of them new", file=sys.stderr)
+    print(f"\n{len(known)} kernels, {len(new)} of them new", file=sys.stderr)
     FIGURES.write_text(_text(known.items()))
     return 0
 
