@@ -130,9 +130,8 @@ class Outer(Bias):
     y: jax.Array = key_home()
 
     def contract(self) -> Any:
-        """Tanh(x_i) and y_j."""
-        wide = jnp.float64 if self.x.dtype == jnp.float64 else jnp.float32
-        return jnp.tanh(self.x.astype(wide)), self.y
+        """Tanh(x_i) and y_j; the call may be of float64 where x is not."""
+        return jnp.tanh(self.x.astype(jnp.result_type(float))), self.y
 
 
 class Periodic(Bias):
