@@ -157,8 +157,9 @@ def test_heads_that_share_keys_stand_where_each_stands(
     do = jnp.asarray(rng.standard_normal(shapes[0]), jnp.float32)
 
     def loss(operands, bias, name):
+        query, key, value = operands
         output = pallas_attn.dot_product_attention(
-            *operands, bias, query_positions=jnp.asarray(at, jnp.int32),
+            query, key, value, bias, query_positions=jnp.asarray(at, jnp.int32),
             key_positions=jnp.arange(19), local_window_size=(30, 30),
             normalizer=normalizer, implementation=name, config=config,
             precision=jax.lax.Precision.HIGHEST,
