@@ -13,7 +13,7 @@ from pallas_attn.call import Call
 from pallas_attn.positions import difference, moved, within
 from pallas_attn.testing.evaluate import implementations, SMALL, small
 from pallas_attn.testing.numerics import assert_formula
-from pallas_attn.tiled.block_ranges import keys_in_sight, queries_in_sight
+from pallas_attn.tiled.block_ranges import blocks, keys_in_sight, queries_in_sight
 from pallas_attn.tiled.summaries import frame, Sight
 from pallas_attn.visibility import Visibility
 
@@ -51,40 +51,67 @@ def test_a_sum_ends_where_int32_does(by):
 
 
 @pytest.mark.light
+@pytest.mark.parametrize("lengths", [(37, 53), (0, 53), (-2, 53), (9, 53), (9, 20)])
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-@pytest.mark.parametrize("offset", [-FAR, -7, 3, FAR - 37])
+@pytest.mark.parametrize("offset", [-FAR, -7, 3, 24, FAR - 37])
 @pytest.mark.parametrize("window", [None, (3, 2**31), (2**31 - 1, 4), (FAR, FAR)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_ranges_are_those_of_integers(causal, window, offset, traced):
-    """Of a block, what any entry sees and what every entry sees lie as told."""
+def test_ranges_are_those_of_integers(causal, window, offset, traced, lengths):
+    """Of a block, what any entry sees and what every entry sees lie as told.
+
+    No entry of a frame is seen by nobody: it may be NaN.
+    """
     T, S, block = 37, 53, 16
     call = Call(1, 1, 1, T, S, 16, 16, 1.0, "float32", causal=causal, window=window)
     given = jnp.asarray([offset], jnp.int32)
     call = Call(**{**vars(call), "offset": None if traced else offset})
-    sight = Sight(Visibility(offset=given if traced else None))
+    sizes = [
+        None if n == size else jnp.asarray([n], jnp.int32)
+        for n, size in zip(lengths, (T, S), strict=True)
+    ]
+    arrays = Visibility(
+        offset=given if traced else None, query_lengths=sizes[0], key_lengths=sizes[1]
+    )
+    sight = Sight(arrays)
 
     def number(ref, at):
         return ref[at]
 
     where = frame(call, sight, jnp.int32(0), number)
     i, j = np.arange(T)[:, None] + offset, np.arange(S)[None, :]
-    sees = np.ones((T, S), bool)
+    sees = (i - offset < lengths[0]) & (j < lengths[1])
     if causal:
         sees &= j <= i
     if window is not None:
         sees &= (i - j <= window[0]) & (j - i <= window[1])
-    for seen, in_sight in ((sees, keys_in_sight), (sees.T, queries_in_sight)):
+    if causal or window is not None:
+        np.testing.assert_array_equal(_entries(where.keys, S), sees.any(0))
+        np.testing.assert_array_equal(_entries(where.queries, T), sees.any(1))
+    for seen, in_sight, own_length in (
+        (sees, keys_in_sight, lengths[0]),
+        (sees.T, queries_in_sight, lengths[1]),
+    ):
         for start in range(0, seen.shape[0], block):
             own = seen[start : start + block]
-            whole = own.shape[0] == block  # a ragged block may be told less of
+            # a ragged block may be told less of
+            whole = start + block <= own_length or start >= own_length
             any_, every = in_sight(call, where, jnp.int32(start), block)
-            got = np.zeros(seen.shape[1], bool)
-            got[max(int(any_[0]), 0) : max(int(any_[1]), 0)] = True
+            got = _entries(any_, seen.shape[1])
             assert (got | ~own.any(0)).all()
             assert not whole or (got == own.any(0)).all()
-            got[:] = False
-            got[max(int(every[0]), 0) : max(int(every[1]), 0)] = True
-            assert (own.all(0) | ~got).all()
+            assert own.any() or not whole or _empty(blocks(block, any_, None))
+            real = own[: max(own_length - start, 0)]  # weights of others are 0
+            assert (real.all(0) | ~_entries(every, seen.shape[1])).all()
+
+
+def _entries(limits, size):
+    found = np.zeros(size, bool)
+    found[max(int(limits[0]), 0) : max(int(limits[1]), 0)] = True
+    return found
+
+
+def _empty(limits):
+    return int(limits[0]) >= int(limits[1])
 
 
 @pytest.mark.parametrize("implementation", ["reference", *implementations()])

@@ -48,6 +48,8 @@ ROWS = [
     Row("positions", "saturating", "cap scale", GROUPED),
     Row("lengths", "sum", "dropout", GROUPED),
     Row("window", "co_alibi", "scale dropout"),
+    Row("empty", "co_alibi"),
+    Row("empty", "sum", "", GROUPED),
     Row("mask", "sum-factored dense", "scale dropout", GROUPED),
     Row("segments", "dense-11T1", "learned scale"),
     Row("bias BNTS", "none", "scale"),
@@ -163,6 +165,15 @@ def window(sizes: Any) -> Any:
     return {}, settings, full(sizes, (ahead <= 1) & (ahead >= -3))
 
 
+def empty(sizes: Any) -> Any:
+    """An entry has no query: where its window would begin, no key is real."""
+    given, settings, places = window(sizes)
+    queries = np.array([sizes.T - 3, 0])
+    given = given | {"query_seq_lengths": jnp.asarray(queries, jnp.int32)}
+    rows = (np.arange(sizes.T) < queries[:, None])[:, None, :, None]
+    return given, settings, full(sizes, places & rows)
+
+
 def mask(sizes: Any) -> Any:
     """Some queries see nothing, some keys nobody, and of the rest some pairs."""
     rng = np.random.default_rng(0)
@@ -181,6 +192,7 @@ VEILS = {
     "positions": positions,
     "lengths": lengths,
     "window": window,
+    "empty": empty,
     "mask": mask,
     "bias": bias,
 }

@@ -24,7 +24,7 @@ def keys_in_sight(call: Call, frame: Frame, q0: Index, bq: int) -> tuple[Range, 
     As far as offset, causality, window and lengths tell.
     """
     first, last = frame.keys
-    last = unless(apart(q0, bq, frame.queries, call.T), last, first)
+    last = unless(apart(q0, bq, frame.queries, call.T), last, 0)
     whole_first, whole_last = 0, last
     if frame.placed:
         return (first, last), (whole_first, whole_last)
@@ -46,7 +46,7 @@ def queries_in_sight(
 ) -> tuple[Range, Range]:
     """The ranges of queries that see any, and that see every, key of a block."""
     first, last = frame.queries
-    last = unless(apart(k0, bk, frame.keys, call.S), last, first)
+    last = unless(apart(k0, bk, frame.keys, call.S), last, 0)
     whole_first, whole_last = 0, last
     if frame.placed:
         return (first, last), (whole_first, whole_last)

@@ -71,7 +71,8 @@ class Frame:
 
     Entries are Python ints where they are static. Every query in `queries` may see some
     key and every key in `keys` is seen by some query, as far as offset, causality,
-    window and lengths tell; what lies outside is never read.
+    window and lengths tell; what lies outside is never read. Of a length of 0 alone the
+    other range is whole: no block of either then has any of the other to meet.
     """
 
     offset: Index
@@ -146,6 +147,8 @@ def frame(call: Call, sight: Sight, b: Index, load: Load) -> Frame:
         last_key = least(last_key, most(moved(offset + queries, right), 0))
         first_query = most(first_query, moved(0 - offset, -right))
         last_query = least(last_query, most(moved(keys - offset, left), 0))
+    if not isinstance(queries, int) and (call.causal or call.window):
+        last_key = jnp.where(queries > 0, last_key, 0)  # no query, no key
     return Frame(offset, (first_query, last_query), (first_key, last_key))
 
 
