@@ -57,6 +57,24 @@ class Call:
         return self.N // self.K
 
     @property
+    def passes_keys(self) -> bool:
+        """Whether a query may stand beyond all keys; positions are implicit."""
+        if self.offset is None:
+            return True
+        before = self.offset < 0 and not self.causal  # a causal one sees no key
+        return before or self.offset + self.T > self.S
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether what all keys of a row share may be a number beside its scores."""
+        return True
+
+    @property
+    def rounds_alike(self) -> bool:
+        """Whether all passes must round the parts of a score alike."""
+        return self.exact
+
+    @property
     def exact(self) -> bool:
         """Whether every dot is IEEE float32."""
         return self.dtype == "float32" and self.precision == lax.Precision.HIGHEST

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Bias, head_home
-from pallas_attn.bias.region import Positions
+from pallas_attn.bias.region import nearest, Positions
 from pallas_attn.rules import known
 
 
@@ -61,6 +61,28 @@ class ALiBi(Bias):
         nearest = jnp.maximum(jnp.maximum(q0 - k1, k0 - q1), 0).astype(jnp.float32)
         farthest = jnp.maximum(jnp.abs(q1 - k0), jnp.abs(k1 - q0)).astype(jnp.float32)
         return jnp.maximum(-self.slopes * nearest, -self.slopes * farthest)
+
+
+class NearALiBi(ALiBi):
+    """b_ij = -slope |n_i - key position j|, n_i the query's position within 0..last.
+
+    `ALiBi` less what all keys of a query share, its distance from the nearest of them.
+
+    last: the position of the last key, a whole number.
+    """
+
+    last: Float[Array, "#B #N"] = head_home()
+
+    steep = False
+
+    def tile(self, t: Positions) -> Any:
+        """-slope |n - key position|, part by part."""
+        return tuple(-self.slopes * part for part in t.from_nearest(self.last))
+
+    def bound(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """That of `ALiBi` where the nearest positions are."""
+        q0, q1 = (nearest(jnp.asarray(x), self.last) for x in (q0, q1))
+        return super().bound(q0, q1, k0, k1)
 
 
 def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> Float[Array, " N"]:

@@ -38,6 +38,10 @@ class Positions(Protocol):
         """|distance|, as parts each as small as it can be."""
         ...
 
+    def from_nearest(self, last: Array) -> tuple[Array, ...]:
+        """|nearest - key position|, as parts: of the query's among 0..last."""
+        ...
+
 
 @dataclass(frozen=True)
 class Place:
@@ -79,6 +83,18 @@ class Region:
     def away(self) -> tuple[Float[Array, "#B #N T S"], ...]:
         """|distance|, as parts."""
         return (jnp.abs(self.distance),)
+
+    def from_nearest(
+        self, last: Float[Array, "#B #N 1 1"]
+    ) -> tuple[Float[Array, "#B #N T S"], ...]:
+        """|nearest - key position|, as parts."""
+        there = nearest(self.query_position, last) - self.key_position
+        return (jnp.abs(there).astype(self.dtype),)
+
+
+def nearest(position: Int[Array, "*#axes"], last: Array) -> Int[Array, "*axes"]:
+    """Of the positions 0..last, a whole number, the one nearest to each position."""
+    return jnp.clip(position, 0, last.astype(jnp.int32))
 
 
 def spread(home: str, x: Array) -> Array:

@@ -57,8 +57,9 @@ class Leaf:
 
     @property
     def right(self) -> bool:
-        """Whether it is within what is allowed, or no number of its dtype."""
-        return self.error <= self.allowed or self.size > largest_of(self.got.dtype)
+        """Whether it is within what is allowed, or perhaps no number of its dtype."""
+        beyond = self.size + self.allowed > largest_of(self.got.dtype)
+        return self.error <= self.allowed or beyond
 
 
 def noisy(elements: Elements) -> list[Arrays]:
@@ -68,7 +69,8 @@ def noisy(elements: Elements) -> list[Arrays]:
     store = UNITS[plan.dtype] if plan.low else unit
     seeds = ([plan.seed, elements.index, 1000 + n] for n in range(DRAWS))
     rngs = (np.random.default_rng(seed) for seed in seeds)
-    noises = (Noise(rng, unit, store) for rng in rngs)
+    least = float(ml_dtypes.finfo(plan.dtype).smallest_subnormal)
+    noises = (Noise(rng, unit, store, least) for rng in rngs)
     return [elements.joined(elements.truths(noise)) for noise in noises]
 
 

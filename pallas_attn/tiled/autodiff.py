@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
+from pallas_attn.nearest import from_nearest, shifted
 from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
 from pallas_attn.tiled.fields import Field, fields, Values, with_fields
@@ -38,9 +39,10 @@ def attend(
     problem: Problem, passes: Passes
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Output and log-sum-exp; differentiable once, in reverse mode."""
+    problem, shift = from_nearest(problem)
     ops, call = operands(problem)
     o, lse = _attend(ops, call, passes)
-    return o, jnp.swapaxes(lse, 1, 2)
+    return o, shifted(jnp.swapaxes(lse, 1, 2), shift)
 
 
 def operands(problem: Problem) -> tuple[Operands, Call]:
@@ -56,7 +58,7 @@ def visited_blocks(
     problem: Problem, passes: Passes
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops, call = operands(problem)
+    ops, call = operands(from_nearest(problem)[0])
     wanted = Wanted(q=True, k=True, v=True)
     _, res = _forward(ops, call, wanted, passes)
     ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)

@@ -41,7 +41,7 @@ def product(
     call: Call, x: Scalar, factor: float, *, always: bool = False
 ) -> Scalar: ...
 def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Scalar:
-    """A multiple of x, rounded where every dot is IEEE float32, or always.
+    """A multiple of x, rounded where a call asks for it, or always.
 
     Else a compiler makes one multiply-add of it and a sum wherever it likes, and the
     same score is rounded otherwise in another pass.
@@ -49,7 +49,7 @@ def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Sc
     # a single number is multiplied once, at the start
     if isinstance(x, int | float) or not x.ndim:
         return x * factor
-    if not (call.exact or always):
+    if not (call.rounds_alike or always):
         return x * factor
     if call.interpret:  # a choice is no product, here between equal numbers
         y = x * factor

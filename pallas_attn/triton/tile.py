@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn.bias.region import nearest
 from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
@@ -81,9 +82,12 @@ class Tile:
         if self.sight.arrays.placed and not self.call.causal:
             # -2^31 stands for 2^31 too
             return (jnp.abs((self.query_position - self.key_position).astype(f32)),)
-        if self.call.exact and not self.sight.arrays.placed:
+        placed = self.sight.arrays.placed
+        if self.call.exact and not placed and self.call.rows_apart:
             return self._past_nearest()
-        if self.sight.arrays.placed or (isinstance(side, int) and not side):
+        # parts of large numbers would be rounded by each tile in its own way
+        whole = placed or self.call.exact or self.call.passes_keys
+        if whole or (isinstance(side, int) and not side):
             # not |x| where it changes nothing: it costs registers
             return (self.distance if self.call.causal else jnp.abs(self.distance),)
         # from the nearest pair: the first query and the last key, or the reverse
@@ -92,6 +96,20 @@ class Tile:
         return (
             self._start * side - (queries + keys),
             self.along_q(_iota(self.bq) * side + queries),
+            self.along_k(_iota(self.bk) * -side + keys),
+        )
+
+    def from_nearest(self, last: jax.Array) -> tuple[jax.Array, ...]:
+        """|nearest - key position| of visible pairs, as `away` has |distance|."""
+        side = self.side
+        place = nearest(self._position(None, "q"), last) - self.k0
+        if self.call.exact or (isinstance(side, int) and not side):
+            there = self.along_q(place.astype(f32)) - self.along_k(_iota(self.bk))
+            return (there if self.call.causal else jnp.abs(there),)
+        # from the nearest key of the tile: the last, or the first
+        keys = (1 + side) * 0.5 * (self.bk - 1)
+        return (
+            self.along_q(place.astype(f32) * side - keys),
             self.along_k(_iota(self.bk) * -side + keys),
         )
 

@@ -23,6 +23,7 @@ from pallas_attn.bias.base import Added, has_tile, homes
 from pallas_attn.bias.region import Region
 from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
+from pallas_attn.nearest import from_nearest, shifted
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
@@ -57,7 +58,9 @@ WeightsOf = Callable[[Logits, Any], Weights]
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.attention.attend`."""
-    return in_chunks(problem, sums)
+    problem, shift = from_nearest(problem)
+    o, lse = in_chunks(problem, sums)
+    return o, shifted(lse, shift)
 
 
 def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:

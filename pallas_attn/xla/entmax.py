@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_attn.nearest import from_nearest, shifted
 from pallas_attn.normalizers.entmax import Entmax, newton, Power, takes_power
 from pallas_attn.normalizers.smooth import (
     exponents,
@@ -37,7 +38,13 @@ ROUNDINGS = 4
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """Attention of every query; the function of `reference.entmax.attend`."""
-    return in_chunks(problem, sums, _entmax)
+    problem, shift = from_nearest(problem)
+    o, tau = in_chunks(problem, sums, _entmax)
+    if shift is not None:
+        assert isinstance(problem.normalizer, Entmax)
+        a = exponents(problem.normalizer, shift.dtype)[..., 0]
+        shift = jnp.where(a == 0, 1, a) * shift
+    return o, shifted(tau, shift)
 
 
 def sparsity_shares(
@@ -46,7 +53,7 @@ def sparsity_shares(
     """The shares of visible pairs without weight, and of skipped blocks: none."""
     query = problem.query
     counting = replace(
-        problem,
+        from_nearest(problem)[0],
         query=query.astype(jnp.promote_types(query.dtype, jnp.float32)),
         value=problem.value[..., :1],
         call=replace(problem.call, h=1),

@@ -27,11 +27,13 @@ class Noise:
         random: Where the noise comes from.
         score: The unit in which scores and sums are rounded.
         store: The unit in which weights and stored arrays are.
+        least: The least number that is stored: below the normal ones, the unit.
     """
 
     random: np.random.Generator | None = None
     score: float = 0.0
     store: float = 0.0
+    least: float = 0.0
 
     def on(
         self, x: np.ndarray, unit: float, size: np.ndarray | None = None
@@ -41,6 +43,13 @@ class Noise:
             return x
         off = self.random.uniform(-1, 1, np.shape(x))
         return x + off * unit * np.abs(finite(x if size is None else size))
+
+    def stored(self, x: np.ndarray) -> np.ndarray:
+        """X as one may be off that is stored, or is an operand of a product."""
+        if self.random is None:
+            return x
+        off = self.random.uniform(-0.5, 0.5, np.shape(x)) * self.least
+        return self.on(x, self.store) + np.where(x == 0, 0, off)
 
     def held(self, x: np.ndarray) -> np.ndarray:
         """X as a float of the unit of scores holds it: what is unequal may be equal.
@@ -296,7 +305,7 @@ class _Backward:
         delta = noise.on(delta, noise.score, summed)
         unit = np.where(found.slope == 0, 1.0, found.slope)
         dt = u * (pulled - delta + unit * dres / found.total)
-        dt = np.where(np.isneginf(self.logits.t), 0.0, noise.on(dt, noise.store))
+        dt = np.where(np.isneginf(self.logits.t), 0.0, noise.stored(dt))
         result = self._to_products(dt)
         # dS of a pair is off by roundings of dP and delta, which nearly cancel
         off = u * (np.abs(pulled) + np.abs(delta))

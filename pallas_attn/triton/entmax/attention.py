@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.base import Added, Bias, homes, parts_on
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.region import Region
+from pallas_attn.nearest import from_nearest, shifted
 from pallas_attn.problem import Problem
 from pallas_attn.tiled.autodiff import share, wanted_of
 from pallas_attn.tiled.operands import Operands, Wanted
@@ -41,9 +42,8 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T
     ops, alpha, call = prepared(problem)
     o, tau = _attend((ops, alpha), call)
     if shift is not None:
-        by_shift = residual_by_score(alpha, call)
-        tau = jnp.where(jnp.isinf(tau), tau, tau + by_shift * shift)
-    return o, jnp.swapaxes(tau, 1, 2)
+        shift = residual_by_score(alpha, call) * shift
+    return o, shifted(jnp.swapaxes(tau, 1, 2), shift)
 
 
 def without_shift(
@@ -55,9 +55,11 @@ def without_shift(
     What takes a row away, or is no number, stays. In a user's term it meets its
     negative: these are added up first.
     """
+    problem, beyond = from_nearest(problem, lengths=problem.call.exact)
     added = problem.bias
     assert isinstance(added, Added)
-    met, others, shifts = [], [], []
+    met, others = [], []
+    shifts = [] if beyond is None else [beyond]
     for term in added.terms:
         if isinstance(term, DenseBias):
             if term.bias.shape[3] == 1:

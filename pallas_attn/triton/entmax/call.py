@@ -18,6 +18,16 @@ class SparseCall(Call):
     alpha: float | None  # None: it is an array
     top_k: int | None  # None: every visible key
 
+    @property
+    def rows_apart(self) -> bool:
+        """No: a threshold is one number, which holds no more digits than a score."""
+        return False
+
+    @property
+    def rounds_alike(self) -> bool:
+        """Also where scores may be so large that a digit of theirs is all weight."""
+        return self.exact or self.passes_keys
+
 
 def sparse(
     call: Call, normalizer: Entmax

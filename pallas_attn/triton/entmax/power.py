@@ -40,8 +40,10 @@ def fuses(call: SparseCall, ops: Operands) -> bool:
     """Whether a score may be one multiply-add, whose error grows with the scores'.
 
     Products of 16-bit numbers are no more exact. But an array's number, or a distance
-    of given positions, may be -1e9 in all of a row, which would lose its threshold.
+    of given positions or from beyond all keys, may be -1e9 in all of a row, which would
+    lose its threshold.
     """
-    steep = (term for term in ops.added.terms if term.steep)
+    steep = [term for term in ops.added.terms if term.steep]
     arrays = any(home != "head" for term in steep for home in homes(term).values())
-    return call.dtype != "float32" and not (arrays or ops.sight.arrays.placed)
+    far = ops.sight.arrays.placed or (call.passes_keys and bool(steep))
+    return call.dtype != "float32" and not (arrays or far)

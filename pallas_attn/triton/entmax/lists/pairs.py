@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_attn.bias.region import nearest
 from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.positions import difference
@@ -168,6 +169,11 @@ class Pairs:
     def away(self) -> tuple[jax.Array, ...]:
         """|distance|."""
         return (jnp.abs(self.distance),)
+
+    def from_nearest(self, last: jax.Array) -> tuple[jax.Array, ...]:
+        """|nearest - key position|."""
+        there = nearest(self.query_position, last) - self.key_position
+        return (jnp.abs(there.astype(f32)),)
 
     # What triton/terms.py uses.
 
