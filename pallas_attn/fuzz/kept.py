@@ -24,7 +24,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         331297,  # the log of 1 + 4e-9: float32 has none
         331408,  # entmax: sum u of a threshold an ulp away, where a weight is nearly 0
         331506,  # -1e9 of keys beside -1e4 of their query
-        341268,  # float16: a gradient that noise alone makes infinite, not the library's
+        341268,  # float16: a gradient that noise makes infinite, not the library's
         342021,  # ALiBi from 2^20 beyond all keys: entmax had no weight at all
         342238,  # a batch entry without a query, whose window began at a NaN key
         532317,  # a tanh, off by two units and more: not the library's
