@@ -222,7 +222,9 @@ def poisoned(
                 if x.shape[axis] == 1:
                     most = most.max(axis, keepdims=True, initial=0)
             gone = np.arange(plan.S)[:, None] >= most[..., None, None]
-            operands[name] = np.where(gone, bad(x), x)
+            # a call that knows its gates refuses inf, wherever it stands
+            eager = plan.transform == "eager"
+            operands[name] = np.where(gone, np.nan if eager else bad(x), x)
     dead = ~found.alive
     output = cotangents["output"]
     cotangents["output"] = np.where(dead[..., None], bad(output), output)
