@@ -233,15 +233,20 @@ def _logits(plan: Plan, operands: Arrays, read: _Readable, noise: Noise) -> _Log
         bent = noise.on(1 - y * y, 2 * noise.score, np.ones_like(y))
     if plan.contextual:
         return _contextual(operands, read, noise, s, products, size, scale, bent)
-    t = s
+    t, shared = s, np.zeros(())
     for _, term in read.terms:
-        for part in term.parts:
-            t = t + noise.on(finite(part), noise.score)
+        for n, part in enumerate(term.parts):
+            of_row = np.zeros(()) if n or term.shared is None else term.shared
+            of_row = np.where(np.isfinite(part), of_row, 0.0)
+            own = finite(part) - of_row
+            t = t + noise.on(own, noise.score)
             t = t + np.where(np.isfinite(part), 0.0, part)
+            shared = shared + of_row
         for big in term.sizes:
             shape = np.broadcast_shapes(t.shape, big.shape)
             t = t + noise.on(np.zeros(shape), noise.score, big)
-    t = np.where(read.reach & ~(t <= NO_WEIGHT), noise.held(t), -np.inf)
+    reach = read.reach & ~(t + shared <= NO_WEIGHT)
+    t = np.where(reach, noise.held(t) + shared, -np.inf)
     return _Logits(t, products, size, scale, bent)
 
 

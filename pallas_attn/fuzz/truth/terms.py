@@ -40,6 +40,8 @@ class Term:
         parts: Each broadcasts to [*L, N, T, S].
         back: From the cotangent of the sum.
         sizes: Sums of absolute products, beside which a product is rounded.
+        shared: Of the parts, what all keys of a query have alike, and no score that may
+            decide is rounded beside: broadcasts to [*L, N, T, 1].
         leaks: From what rounding did to the cotangent, to what of it gets into the
             gradients though no number of theirs is in those pairs.
     """
@@ -47,6 +49,7 @@ class Term:
     parts: list[np.ndarray]
     back: Back
     sizes: list[np.ndarray] = field(default_factory=list)
+    shared: np.ndarray | None = None
     leaks: Back | None = None
 
 
@@ -76,7 +79,8 @@ def alibi(f: Arrays, see: Visibility) -> Term:
     """-slope |d|."""
     slopes, away = f["slopes"], np.abs(see.distance)
     back = lambda dt: {"slopes": to_head(-dt * away, slopes)}
-    return Term([-of_head(slopes) * away], back)
+    shared = -of_head(slopes) * see.beyond
+    return Term([-of_head(slopes) * away], back, shared=shared)
 
 
 def forget_gate(f: Arrays, see: Visibility) -> Term:
@@ -235,7 +239,8 @@ def expander(f: Arrays, see: Visibility) -> Term:
     slopes, pair, away = f["slopes"], f["pair"], np.abs(see.distance)
     return Term(
         [-2 * of_head(slopes) * away, 0.5 * pair],
-        lambda dt: {
+        shared=-2 * of_head(slopes) * see.beyond,
+        back=lambda dt: {
             "slopes": to_head(-2 * dt * away, slopes),
             "pair": reduced(0.5 * dt, pair.shape),
         },

@@ -24,6 +24,7 @@ class Visibility:
         key_there: bool [*L, S] or [S]: keys within the lengths.
         query_segments: [*L, T], or None.
         key_segments: [*L, S], or None.
+        placed: Whether positions are given one by one.
     """
 
     query_positions: np.ndarray
@@ -32,6 +33,18 @@ class Visibility:
     key_there: np.ndarray
     query_segments: np.ndarray | None
     key_segments: np.ndarray | None
+    placed: bool = False
+
+    @property
+    def beyond(self) -> np.ndarray:
+        """[*#L, #N, T, 1]: how far a query stands beyond all keys, nearly.
+
+        0 where positions are given: keys may stand anywhere.
+        """
+        queries = self.query_positions[..., None].astype(np.float64)
+        if self.placed:
+            return np.zeros_like(queries)
+        return np.abs(queries - np.clip(queries, 0, self.key_positions.size - 1))
 
     @property
     def distance(self) -> np.ndarray:
@@ -73,6 +86,7 @@ def visibility(plan: Plan, conditions: Arrays) -> Visibility:
         key_there,
         query_segments,
         key_segments,
+        placed="query_positions" in conditions,
     )
 
 
