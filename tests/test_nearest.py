@@ -10,6 +10,7 @@ import pytest
 import pallas_attn
 from pallas_attn import ALiBi, Bias, Entmax, head_home, Softmax
 from pallas_attn.testing.evaluate import implementations, small
+from pallas_attn.testing.numerics import BESIDE_REFERENCE
 
 
 T, S, H = 21, 53, 16
@@ -20,8 +21,6 @@ NORMALIZERS = {
     "entmax learned": Entmax(jnp.array([1.3])),
     "entmax top 8": Entmax(1.5, top_k=8),
 }
-# Of the largest entry of a leaf; a slope's gradient is a sum of some thousand products.
-UNITS = {"float32": 2.0**-15, "bfloat16": 2.0**-7}
 
 
 class Away(Bias):
@@ -57,7 +56,7 @@ def results(offset, options, implementation, dtype, normalizer, traced=False):
 
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("dtype", BESIDE_REFERENCE)
 @pytest.mark.parametrize("where", ["after", "after causal traced", "before"])
 @pytest.mark.at_most(12)
 def test_a_shift_of_all_queries_changes_no_weight(
@@ -77,7 +76,7 @@ def test_a_shift_of_all_queries_changes_no_weight(
 
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("dtype", BESIDE_REFERENCE)
 @pytest.mark.at_most(8)
 def test_nor_does_it_round_a_term_of_ones_own_by_tiles(
     dtype, normalizer, implementation
@@ -103,5 +102,5 @@ def close(got, want, dtype):
     for n, (x, y) in enumerate(zip(got, want, strict=True)):
         if n != 1:
             x, y = (np.asarray(z, np.float64) for z in (x, y))
-            atol = UNITS[dtype] * max(1, np.abs(y).max())
+            atol = BESIDE_REFERENCE[dtype] * max(1, np.abs(y).max())
             np.testing.assert_allclose(x, y, rtol=0, atol=atol)

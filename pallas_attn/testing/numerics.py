@@ -40,6 +40,19 @@ PRUNING = 1e-6
 # so rounds elsewhere, by about as much as each of the two errs.
 PRUNING_ROUNDING = 3.0
 
+# Where a row has one key, its output is that value, whatever the score: half a unit of
+# 16 bits on values of up to 4, or the last digits of a power of two by one instruction.
+# Gradients of scores are then 0, but for two numbers near 1 that 16 bits round, times
+# sums of dO v over 80 columns; a sum of 37 dO in 16 bits is rounded as it is stored.
+ONLY_VALUE = 4e-3
+ONLY_WEIGHT = 2.0**-22
+NO_GRADIENT = 0.1
+SUM_OF_COTANGENTS = (0.02, 0.05)  # relative, absolute
+
+# Calls in an operands' dtype beside a float32 reference, of the largest entry of a
+# leaf: a slope's gradient is a sum of some thousand products.
+BESIDE_REFERENCE = {"float32": 2.0**-15, "bfloat16": 2.0**-7}
+
 # Bytes that a kernel may keep in local memory because registers ran out, stores and
 # loads together: a few words, touched once outside a loop, cost nothing measurable.
 SPILLS = 64
