@@ -147,6 +147,32 @@ def test_an_exported_call_takes_any_batch(implementation):
     assert_formula(got, jax.jit(f)(*arguments))
 
 
+@pytest.mark.parametrize("bias", ["alibi", "sum", "dense-1NTS"])
+@pytest.mark.parametrize("normalizer", ["softmax", "entmax 1.5"])
+@pytest.mark.parametrize("lengths", ["t t", "t s", "11 s", "t 13"])
+def test_an_exported_call_of_xla_takes_any_lengths(lengths, normalizer, bias):
+    sizes = {"T": 11, "S": 11 if lengths == "t t" else 13, "B": 1}
+    sample = Case(bias, "full", (), normalizer).at(**sizes).sample()
+    some = dict(zip("TS", lengths.split(), strict=True))
+    scope = export.SymbolicScope([f"{x} >= 2" for x in some.values() if x.isalpha()])
+    names = {
+        sizes[axis]: export.symbolic_shape(name, scope=scope)[0]
+        for axis, name in some.items()
+        if name.isalpha()
+    }
+    run = jax.jit(
+        lambda operands: dot_product_attention(
+            **operands, **sample.settings, implementation="xla"
+        )
+    )
+    any_length = lambda x: jax.ShapeDtypeStruct(
+        tuple(names.get(n, n) for n in x.shape), x.dtype
+    )
+    specs = jax.tree.map(any_length, sample.operands)
+    got = jax.jit(export.export(run)(specs).call)(sample.operands)
+    assert_formula(got, run(sample.operands))
+
+
 def test_kernels_of_any_length_say_what_to_do():
     (t,) = export.symbolic_shape("t")
     x = jax.ShapeDtypeStruct((2, t, 2, 8), jnp.float32)
