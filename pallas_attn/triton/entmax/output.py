@@ -31,9 +31,11 @@ from pallas_attn.types import Ref
 f32 = jnp.float32
 i32 = jnp.int32
 
-# What the last step may change sum u by, where float32 shall have its digits: so many
-# times what it may leave of sum p = 1.
-SLOPE = 1024
+# What the last step may change sum u by: so many times what it may leave of sum p = 1.
+# In 16 bits it is asked only of a from here on: u = p^(1 - a) of a weight that is all
+# but 0 is then near 1, and the step may take the weight away.
+SLOPE, SLOPE_IN_16_BITS = 1024, 16
+STEEP = 0.75
 
 # What rounding leaves of sum p = 1 in float32.
 ROUNDED = 2.0**-20
@@ -109,8 +111,8 @@ def output_kernel(
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     sweep, v_ref = sweep_of(t0, ops, plan), ops.v
     m, r = t0.stat(found.m, jnp.inf), t0.stat(found.r)
-    exact = call.dtype == "float32" and call.precision == lax.Precision.HIGHEST
-    no_bend = jnp.zeros((t0.bq,), f32) if exact and not power.linear else None
+    steep = call.exact or call.alpha is None or call.alpha - 1 >= STEEP
+    no_bend = jnp.zeros((t0.bq,), f32) if steep and not power.linear else None
 
     def add(level: jax.Array, t: Tile, state: Sums) -> Sums:
         p_sum, u_sum, p_v, u_v, bits, bent = state
@@ -147,9 +149,14 @@ def output_kernel(
             return left
         # o2 and sum u are of the threshold before the step
         u = jnp.maximum(u, TINY)
-        moved = (1 - power.a) * (bent / u) * (jnp.abs(p - 1) / u)
-        rounded = jnp.abs(p - 1) < ROUNDED
-        return jnp.maximum(left, jnp.where(rounded, 0.0, moved * (1 / SLOPE)))
+        # (1 - a) of it where all weights stay; where one goes that is d^(1/a), d below
+        # the step, it takes u = p / d, which is at most u^2 / p times the step
+        moved = (bent / u) * (jnp.abs(p - 1) / u)
+        over = moved * (1 / (SLOPE if call.exact else SLOPE_IN_16_BITS))
+        small = jnp.abs(p - 1) < ROUNDED
+        if not call.exact:
+            small = small | jnp.asarray(power.a < STEEP)
+        return jnp.maximum(left, jnp.where(small, 0.0, over))
 
     def again(state: Search) -> Search:
         level, step, _, bits, _, n, _ = state
