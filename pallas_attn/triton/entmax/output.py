@@ -117,8 +117,7 @@ def output_kernel(
     def add(level: jax.Array, t: Tile, state: Sums) -> Sums:
         p_sum, u_sum, p_v, u_v, bits, bent = state
         x, row, visible = sweep.scores(t)
-        at = (m - row)[:, None], level[:, None], call.scale
-        p, u = power.weights(x, *at)
+        p, u = power.weights(x, (m - row)[:, None], level[:, None], call.scale)
         v, more = t.seen_keys(visible, t.keys(v_ref)), jnp.sum(u, 1)
         drop = drop_on(t)
         kept_p, kept_u = (p, u) if drop is None else (drop(p), drop(u))
@@ -128,7 +127,7 @@ def output_kernel(
             p_v + t.dot(kept_p.astype(v.dtype), v),
             u_v + t.dot(kept_u.astype(v.dtype), v),
             mark(bits, t.k0 // i32(t.bk), more) if words else bits,
-            None if bent is None else bent + jnp.sum(power.bends(x, *at), 1),
+            None if bent is None else bent + jnp.sum(_bends(p, u), 1),
         )
 
     nothing, empty = jnp.zeros((t0.bq,), f32), zeros(t0.bq, ops.v)
@@ -186,3 +185,8 @@ def output_kernel(
     if out.bits is not None:
         store_row(out.bits, (t0.b, t0.h, i), bits)
     report(out.visits, t0, i, visits)
+
+
+def _bends(p: jax.Array, u: jax.Array) -> jax.Array:
+    """u^2 / p of every weight, 0 where there is none."""
+    return jnp.where(p > 0, u * (u / jnp.where(p > 0, p, 1.0)), 0.0)
