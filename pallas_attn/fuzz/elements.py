@@ -245,4 +245,8 @@ def tangents(elements: Elements) -> Arrays:
     if "alpha" in found and plan.transform == "hvp":  # differences need both sides
         edge = (operands["alpha"] == 1) | (operands["alpha"] == 2)
         found["alpha"] = np.where(edge, 0, found["alpha"]).astype(found["alpha"].dtype)
+    for name in found:  # nor may a gate pass 0, above which it counts as 0
+        if name.endswith("log_gate") and plan.transform == "hvp":
+            found[name] = np.where(operands[name] > -0.1, 0, found[name])
+            found[name] = found[name].astype(operands[name].dtype)
     return found

@@ -322,6 +322,11 @@ class _Backward:
                 result[f"bias{n}.{name}"] += x
         if "alpha" in self.operands:
             da = alpha_gradient(found, p, u, pulled, delta, dres)
+            # logarithms of weights are rounded beside 1, and nearly cancel
+            logs = 1 + np.log(np.where(found.p > 0, found.p, 1)) ** 2
+            beside = (np.abs(pulled) * found.p * logs).sum(-1, keepdims=True)
+            beside = np.where(alive[..., None], beside + np.abs(dres), 0)
+            da = da + noise.on(np.zeros(da.shape), noise.score, beside)
             da = np.where(alive[..., None], da, 0.0)
             result["alpha"] = to_head(da, self.operands["alpha"])
         dv = np.swapaxes(p * keep, -1, -2) @ do
