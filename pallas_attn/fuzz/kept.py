@@ -11,8 +11,8 @@ KEPT: dict[str, tuple[int, ...]] = {
         540920,  # a tanh that is 1 but for its last digits, nor this
         541532,  # float64 with a term that was float32, nor this
         541002,  # NaN whose every weight dropout took, nor this
-        560291,  # alpha of 1: logarithms of equal weights, but for their last digits
-        560954,  # gates that differences push past 0: not the library's, nor the last
+        560291,  # alpha of 1: logarithms of weights that are all but equal, nor this
+        560954,  # gates that differences of the truth push past 0, nor this
         200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
