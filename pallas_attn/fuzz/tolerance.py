@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from pallas_attn.canonical import LEAST_SCALE, MOST_SCALE
 from pallas_attn.fuzz.elements import Elements
 from pallas_attn.fuzz.plan import Arrays, Plan
 from pallas_attn.fuzz.truth.attention import Noise
@@ -104,8 +105,9 @@ def leaf(
     allowed = max(unit, UNITS[dtype]) * size + LEAST
     allowed += noise * (1 if size else 2)
     # A number below the normal ones is rounded to a multiple of the least, and so is
-    # each that is added up in 16 bits, or is multiplied by an array scale.
-    roundings = 1 + plan.scale_array + sum(plan.map_sizes)
+    # each that is added up in 16 bits, or is multiplied by a scale beforehand.
+    folded = plan.scale is not None and not LEAST_SCALE <= abs(plan.scale) <= MOST_SCALE
+    roundings = 1 + plan.scale_array + folded + sum(plan.map_sizes)
     allowed += roundings * float(ml_dtypes.finfo(got.dtype).smallest_subnormal) / 2
     if plan.low and peer is not None:
         allowed += GRADIENT_RATIO * difference(peer, want, skip)
