@@ -1,6 +1,7 @@
 """What nobody may see reaches nothing; rows that see nothing are zeros."""
 
 from dataclasses import replace
+from typing import Any
 
 import chex
 import jax
@@ -216,3 +217,21 @@ def poisoned_gates(sample, places, bias):
     read &= m[None] < lengths[:, None, None]
     gates = jnp.where(np.swapaxes(read, 1, 2), bias.log_gate, jnp.nan)
     return pallas_attn.ForgetGate(gates)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementations()])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_nan_that_every_query_sees_is_in_every_output(name, N, K, implementation):
+    given: dict[str, Any] = {
+        "query": jnp.ones((1, 8, N, 4)),
+        "key": jnp.ones((1, 16, K, 4)),
+        "value": jnp.ones((1, 16, K, 4)),
+    }
+    given[name] = given[name].at[0, 5].set(jnp.nan)
+    output = pallas_attn.dot_product_attention(
+        **given,
+        key_value_seq_lengths=jnp.array([13]),
+        implementation=implementation,
+    )
+    assert jnp.isnan(output).all()

@@ -238,8 +238,8 @@ def _attend(
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
     o = output(o.reshape(*pairs[:3], call.h))
     if spoiled is not None:
-        fine = (~spoiled).astype(o.dtype)
-        o = o * (fine / fine)  # 1 or NaN, in gradients too
+        # 1 or NaN, in gradients too; of x / x XLA makes 1, NaN or not, here and there
+        o = o * poisoned(jnp.ones(spoiled.shape, o.dtype), spoiled)
     o = o.astype(query.dtype)
     of_rows = residual()
     return jnp.swapaxes(o, 1, 2), jnp.swapaxes(of_rows[..., 0], 1, 2)
