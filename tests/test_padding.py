@@ -222,16 +222,19 @@ def poisoned_gates(sample, places, bias):
 @pytest.mark.parametrize("implementation", ["reference", *implementations()])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("name", ["key", "value"])
-def test_a_nan_that_every_query_sees_is_in_every_output(name, N, K, implementation):
+@pytest.mark.parametrize("h", [1, 4])
+def test_a_nan_is_in_every_output_that_sees_it(h, name, N, K, implementation):
     given: dict[str, Any] = {
         "query": jnp.ones((1, 8, N, 4)),
         "key": jnp.ones((1, 16, K, 4)),
-        "value": jnp.ones((1, 16, K, 4)),
+        "value": jnp.ones((1, 16, K, h)),
     }
     given[name] = given[name].at[0, 5].set(jnp.nan)
-    output = pallas_attn.dot_product_attention(
-        **given,
-        key_value_seq_lengths=jnp.array([13]),
-        implementation=implementation,
-    )
-    assert jnp.isnan(output).all()
+    odd = [jnp.arange(size)[None] % 2 for size in (8, 16)]
+    every: dict[str, Any] = {"key_value_seq_lengths": jnp.array([13])}
+    some = dict(zip(("query_segment_ids", "key_segment_ids"), odd, strict=True))
+    for conditions, rows in ((every, slice(None)), (some, slice(1, None, 2))):
+        output = pallas_attn.dot_product_attention(
+            **given, **conditions, implementation=implementation
+        )
+        assert jnp.isnan(output[:, rows]).all(), list(conditions)

@@ -75,15 +75,14 @@ class Rows:
     beyond: what delta lacks for a row of dS to add up.
     da: [B, T, N, columns] of products, by their place.
     fields: [B, N, T], those per head too.
-    strange: 1 where what was made was not finite at first, and nothing is where it is
-        0; None: nobody looked.
+    strange: 0 where all that was made was finite at first; None: nobody looked.
     """
 
     beyond: Float[Array, "B N T"] | None = None
     da: dict[int, Array] = field(default_factory=dict)
     dq: Float[Array, "B T N H"] | None = None
     fields: Values = field(default_factory=dict)
-    strange: Int[Array, 1] | None = None
+    strange: Int[Array, " some"] | None = None
     visits: Int[Array, "B N blocks 2"] | None = None
 
 

@@ -10,6 +10,7 @@ flagged programs again with `Sight.careful`: what they store replaces what was t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -25,7 +26,8 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.launch import launch, like, Made, Program
-from pallas_attn.triton.memory import load_number, load_where
+from pallas_attn.triton.memory import load_number, load_where, store_number
+from pallas_attn.triton.ptx import barrier
 from pallas_attn.types import outline, Ref, Tree
 
 
@@ -66,13 +68,13 @@ def launch_flagged(
     call: Call,
     block: Block,
     *,
-    strange: Int[Array, " 1"] | None = None,
+    strange: Int[Array, " some"] | None = None,
     **static: Hashable,
-) -> tuple[Made, Int[Array, " 1"] | None]:
-    """As `launch_watched`, and whether a program was run again.
+) -> tuple[Made, Int[Array, " some"] | None]:
+    """As `launch_watched`, and whether programs were run again: none if all are 0.
 
     strange: what another launch said, which is not finite wherever this one may not be:
-        then no program looks, and all are run again or none. None: there was none.
+        then all programs are run again or none. None: there was none.
     """
     name = kernel.__name__
     if not any(x.takes for x in _sights(inputs)):
@@ -81,40 +83,40 @@ def launch_flagged(
         )
         return made, None
     programs = math.prod(grid)
-    told = static | {"body": kernel, "sizes": grid}
-    if strange is None:
-        zeros = jnp.zeros((programs,), i32)
-        flags, made = launch(
-            _noted,
-            grid,
-            inputs,
-            (outline((programs,), i32), outputs),
-            call,
-            block,
-            into=(zeros, None),
-            name=name,
-            **told,
-        )
-        strange = jnp.max(flags, keepdims=True)
-    else:
+    each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
+    rerun = functools.partial(
+        launch,
+        _flagged,
+        (pl.cdiv(programs, each),),
+        call=call,
+        block=replace(block, num_stages=1),  # rare: quick to compile, not to run
+        name=f"{name}_again",
+        body=kernel,
+        sizes=grid,
+        each=each,
+        **static,
+    )
+    if strange is not None:
         made = launch(
             kernel, grid, inputs, outputs, call, block, into=None, name=name, **static
         )
-        flags = strange
-    each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
-    made = launch(
-        _flagged,
-        (pl.cdiv(programs, each),),
-        (careful(inputs), flags),
-        jax.tree.map(like, made),
+        inputs = (careful(inputs), strange)
+        return rerun(inputs, jax.tree.map(like, made), into=made, of_all=True), strange
+    flags, made = launch(
+        _noted,
+        grid,
+        inputs,
+        (outline((programs,), i32), outputs),
         call,
-        replace(block, num_stages=1),  # rare: quick to compile, not to run
-        into=made,
-        name=f"{name}_again",
-        each=each,
-        **told,
+        block,
+        name=name,
+        body=kernel,
+        sizes=grid,
+        **static,
     )
-    return made, strange
+    told = outline((pl.cdiv(programs, each),), i32)
+    outputs = (jax.tree.map(like, made), told)
+    return rerun((careful(inputs), flags), outputs, into=made, of_all=False)
 
 
 def _noted(
@@ -125,9 +127,12 @@ def _noted(
     sizes: tuple[int, ...],
     **static: Hashable,
 ) -> None:
-    """A kernel, as a program whose flag is set where a result is not finite."""
-    *operands, _, flags, out = refs
-    program = replace(program, flag=(flags, _number_of(program.place, sizes)))
+    """A kernel, as a program that sets its flag, 0 at first, where one is not finite."""
+    *operands, flags, out = refs
+    number = _number_of(program.place, sizes)
+    store_number(flags, (number,), 0)
+    barrier(call)
+    program = replace(program, flag=(flags, number))
     body(*operands, out, call=call, program=program, **static)
 
 
@@ -136,26 +141,34 @@ def _flagged(
     flags: Ref,
     _: Tree,
     out: Tree,
+    told: Ref | None = None,
     *,
     call: Call,
     program: Program,
     body: Callable[..., None],
     sizes: tuple[int, ...],
     each: int,
+    of_all: bool,
     **static: Hashable,
 ) -> None:
-    """A kernel, as the flagged of the `each` programs that this one looks at."""
-    programs, own = math.prod(sizes), i32(flags.shape[0] > 1)  # or one flag for all
+    """A kernel, as the flagged of the `each` programs that this one looks at.
+
+    of_all: each flag is of all programs; else of one, and whether some are set is told.
+    """
+    programs, count = math.prod(sizes), flags.shape[0]
     first = program.place[0] * each
-    number = first + jnp.arange(each, dtype=i32)
-    some = jnp.max(load_where(flags.at[number * own], number < programs)) > 0
+    at = jnp.arange(pl.next_power_of_2(count) if of_all else each, dtype=i32)
+    at = at if of_all else first + at
+    some = jnp.max(load_where(flags.at[at], at < count)) > 0
+    if told is not None:
+        store_number(told, program.place, some)
 
     def run(number: jax.Array) -> None:
         place = _place_of(number, sizes)
         body(*inputs, out, call=call, program=Program(place), **static)
 
     def look(number: jax.Array, state: jax.Array) -> jax.Array:
-        flagged = load_number(flags, (number * own,)) > 0
+        flagged = some if of_all else load_number(flags, (number,)) > 0
         lax.cond(flagged, lambda: run(number), lambda: None)
         return state
 

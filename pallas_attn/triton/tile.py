@@ -255,7 +255,7 @@ class Tile:
         """The same where something is strange; nothing is computed without a flag.
 
         Each thread stores for what it holds, the same number to the same place, which
-        was 0 before the launch: to look across threads first would take a barrier.
+        was 0 at first: to look across threads before would take a barrier each time.
         """
         if self.flag is None:
             return

@@ -238,7 +238,7 @@ def _attend(
     o = dot("BKtS,BKSh->BKth", e.reshape(*q.shape[:3], call.S), value)
     o = output(o.reshape(*pairs[:3], call.h))
     if spoiled is not None:
-        # 1 or NaN, in gradients too; of x / x XLA makes 1, NaN or not, here and there
+        # 1 or NaN, in gradients too
         o = o * poisoned(jnp.ones(spoiled.shape, o.dtype), spoiled)
     o = o.astype(query.dtype)
     of_rows = residual()
