@@ -232,7 +232,7 @@ def test_a_nan_is_in_every_output_that_sees_it(h, name, N, K, implementation):
     given[name] = given[name].at[0, 5].set(jnp.nan)
     odd = [jnp.arange(size)[None] % 2 for size in (8, 16)]
     every: dict[str, Any] = {"key_value_seq_lengths": jnp.array([13])}
-    some = dict(zip(("query_segment_ids", "key_segment_ids"), odd, strict=True))
+    some: dict[str, Any] = {"query_segment_ids": odd[0], "key_segment_ids": odd[1]}
     for conditions, rows in ((every, slice(None)), (some, slice(1, None, 2))):
         output = pallas_attn.dot_product_attention(
             **given, **conditions, implementation=implementation

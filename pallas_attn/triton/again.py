@@ -3,9 +3,11 @@
 A key that a bias takes away has weight 0, but 0 * NaN is NaN: what is not finite in it
 reaches every sum of a tile. To ask of each pair whether it was taken away costs kernels
 up to 2.8 times their time, and there is mostly nothing to find. So they run as if all
-was finite, and each program leaves a flag that says whether its results are. A second
-kernel looks at the flags, many in a program, ends at once where none is set, and runs
-flagged programs again with `Sight.careful`: what they store replaces what was there.
+was finite, and each program leaves flags that say which of its rows are not: as a store
+like any other, no flag has to be cleared beforehand, and no thread waits for another. A
+second kernel looks at the flags of many programs, ends at once where none is set, and
+runs flagged programs again with `Sight.careful`: what they store replaces what was
+there.
 """
 
 from __future__ import annotations
@@ -26,8 +28,7 @@ from pallas_attn.call import Call
 from pallas_attn.config import Block
 from pallas_attn.tiled.summaries import Sight
 from pallas_attn.triton.launch import launch, like, Made, Program
-from pallas_attn.triton.memory import load_number, load_where, store_number
-from pallas_attn.triton.ptx import barrier
+from pallas_attn.triton.memory import load_where, store_number
 from pallas_attn.types import outline, Ref, Tree
 
 
@@ -36,9 +37,10 @@ i32 = jnp.int32
 # A pytree with a `Sight` in it.
 Inputs = TypeVar("Inputs")
 
-# Flags that a program looks at, at most, and programs that share them, if there are so
-# many: where all are set, a whole device works on them.
-CARE, SHARING = 1024, 256
+# Programs that share the flags, at most: where all are set, a device is full of them.
+SHARING = 256
+# Flags that one of them looks at, at a time.
+FLAGS = 4096
 
 
 def launch_watched(
@@ -48,15 +50,18 @@ def launch_watched(
     outputs: Made,
     call: Call,
     block: Block,
+    *,
+    own: int,
     **static: Hashable,
 ) -> Made:
     """As `launch`, and again with care where a bias may take keys away.
 
-    outputs: not a tuple; the kernel says through its program's flag whether they are
-    finite, and stores the same places when it is run again.
+    outputs: not a tuple; the kernel says by `Tile.note` whether they are finite, and
+        stores the same places when it is run again.
+    own: the queries or keys of a program, a power of two.
     """
     return launch_flagged(
-        kernel, grid, inputs, outputs, call, block, strange=None, **static
+        kernel, grid, inputs, outputs, call, block, own=own, strange=None, **static
     )[0]
 
 
@@ -68,6 +73,7 @@ def launch_flagged(
     call: Call,
     block: Block,
     *,
+    own: int,
     strange: Int[Array, " some"] | None = None,
     **static: Hashable,
 ) -> tuple[Made, Int[Array, " some"] | None]:
@@ -83,7 +89,7 @@ def launch_flagged(
         )
         return made, None
     programs = math.prod(grid)
-    each = min(CARE, pl.next_power_of_2(pl.cdiv(programs, SHARING)))
+    each = pl.next_power_of_2(pl.cdiv(programs, SHARING))
     rerun = functools.partial(
         launch,
         _flagged,
@@ -101,12 +107,12 @@ def launch_flagged(
             kernel, grid, inputs, outputs, call, block, into=None, name=name, **static
         )
         inputs = (careful(inputs), strange)
-        return rerun(inputs, jax.tree.map(like, made), into=made, of_all=True), strange
+        return rerun(inputs, jax.tree.map(like, made), into=made), strange
     flags, made = launch(
         _noted,
         grid,
         inputs,
-        (outline((programs,), i32), outputs),
+        (outline((programs, own), jnp.int8), outputs),
         call,
         block,
         name=name,
@@ -115,8 +121,8 @@ def launch_flagged(
         **static,
     )
     told = outline((pl.cdiv(programs, each),), i32)
-    outputs = (jax.tree.map(like, made), told)
-    return rerun((careful(inputs), flags), outputs, into=made, of_all=False)
+    both = (jax.tree.map(like, made), told)
+    return rerun((careful(inputs), flags), both, into=made)
 
 
 def _noted(
@@ -127,12 +133,9 @@ def _noted(
     sizes: tuple[int, ...],
     **static: Hashable,
 ) -> None:
-    """A kernel, as a program that sets its flag, 0 at first, where one is not finite."""
+    """A kernel, as a program that is told where its flags are."""
     *operands, flags, out = refs
-    number = _number_of(program.place, sizes)
-    store_number(flags, (number,), 0)
-    barrier(call)
-    program = replace(program, flag=(flags, number))
+    program = replace(program, flag=(flags, _number_of(program.place, sizes)))
     body(*operands, out, call=call, program=program, **static)
 
 
@@ -148,18 +151,16 @@ def _flagged(
     body: Callable[..., None],
     sizes: tuple[int, ...],
     each: int,
-    of_all: bool,
     **static: Hashable,
 ) -> None:
     """A kernel, as the flagged of the `each` programs that this one looks at.
 
-    of_all: each flag is of all programs; else of one, and whether some are set is told.
+    flags: [programs, rows]; or [some], of all programs together.
+    told: where it says whether some are flagged.
     """
-    programs, count = math.prod(sizes), flags.shape[0]
+    programs, of_all = math.prod(sizes), len(flags.shape) == 1
     first = program.place[0] * each
-    at = jnp.arange(pl.next_power_of_2(count) if of_all else each, dtype=i32)
-    at = at if of_all else first + at
-    some = jnp.max(load_where(flags.at[at], at < count)) > 0
+    some = _any_of_all(flags) if of_all else _any(flags, first, each)
     if told is not None:
         store_number(told, program.place, some)
 
@@ -168,12 +169,33 @@ def _flagged(
         body(*inputs, out, call=call, program=Program(place), **static)
 
     def look(number: jax.Array, state: jax.Array) -> jax.Array:
-        flagged = some if of_all else load_number(flags, (number,)) > 0
+        flagged = some if of_all else _any(flags, number, 1)
         lax.cond(flagged, lambda: run(number), lambda: None)
         return state
 
     end = jnp.where(some, jnp.minimum(first + each, programs), first)
     lax.fori_loop(first, end, look, i32(0))
+
+
+def _any_of_all(flags: Ref) -> jax.Array:
+    count = flags.shape[0]
+    at = jnp.arange(pl.next_power_of_2(count), dtype=i32)
+    return jnp.max(load_where(flags.at[at], at < count)) > 0
+
+
+def _any(flags: Ref, first: jax.Array, count: int) -> jax.Array:
+    """Whether a flag is set of programs first .. first + count."""
+    programs, own = flags.shape
+    size = min(count, max(1, FLAGS // own))
+    row = jnp.broadcast_to(jnp.arange(own, dtype=i32)[None, :], (size, own))
+
+    def look(n: jax.Array, found: jax.Array) -> jax.Array:
+        number = (first + n * size + jnp.arange(size, dtype=i32))[:, None]
+        number = jnp.broadcast_to(number, row.shape)
+        some = load_where(flags.at[number, row], number < programs)
+        return jnp.maximum(found, jnp.max(some.astype(i32)))
+
+    return lax.fori_loop(0, count // size, look, i32(0)) > 0
 
 
 def careful(inputs: Inputs) -> Inputs:

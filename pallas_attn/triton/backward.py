@@ -29,7 +29,7 @@ from pallas_attn.triton.programs import (
 from pallas_attn.triton.row_weights import RowCotangents
 from pallas_attn.triton.scores import times, weights_and_ds
 from pallas_attn.triton.terms import hold, on_tile, pullback
-from pallas_attn.triton.tile import at_queries, Tile, zeros
+from pallas_attn.triton.tile import at_queries, lasting, Tile, zeros
 from pallas_attn.triton.visitor import Own, Visitor
 from pallas_attn.types import Index, Ref
 
@@ -39,8 +39,6 @@ i32 = jnp.int32
 
 # Sums over keys: of dS, and per field of its gradient by dS and by U.
 Sums = tuple[jax.Array, dict[Field, tuple[jax.Array, jax.Array]]]
-# dk and dv of one key block, over the query heads of its key head.
-HeadState = tuple[jax.Array | None, jax.Array]
 
 
 class RowState(NamedTuple):
@@ -61,6 +59,18 @@ class ColState(NamedTuple):
     dk: jax.Array | None
     dv: jax.Array
     fields: Values
+
+
+class HeadState(NamedTuple):
+    """Of one key block, over the query heads of its key head: dk and dv.
+
+    lasting: 0, or NaN of keys for which what each head owns was not finite; None: it
+        owns nothing.
+    """
+
+    dk: jax.Array | None
+    dv: jax.Array
+    lasting: jax.Array | None
 
 
 def rows_kernel(
@@ -122,11 +132,13 @@ def rows_kernel(
     state, visits = blocks.over_keys(t0, ops, held, own, plan, step, state)
     # In an empty row 0 may have met a query that is not finite.
     some = stats.attends
-    t0.note(state.dq)  # of those too, for in tiles it may have met them likewise
-    dq = jnp.where(some[:, None], state.dq * call.scale, 0.0)
-    t0.put_rows(out.dq, dq, noted=True)
+    # Of those too, for in tiles it may have met them likewise.
+    noted = [state.dq]
+    t0.put_rows(out.dq, jnp.where(some[:, None], state.dq * call.scale, 0.0))
     for x, y in state.da.items():
-        t0.put_rows(out.da[x], jnp.where(some[:, None], y * call.scale, 0.0))
+        y = jnp.where(some[:, None], y * call.scale, 0.0)
+        t0.put_rows(out.da[x], y)
+        noted.append(y)
     if state.sums is not None:
         # A row of dS adds up to dlse. What rounding (of o in delta) left beyond that is
         # a multiple of U in dS, and small beside dS only until a row is summed.
@@ -135,11 +147,12 @@ def rows_kernel(
         beyond = stats.in_units_of_u(beyond)
         for f, (x, y) in fields.items():
             grad = jnp.where(some, x - beyond * y, 0.0)
-            t0.note(grad)
             t0.put_stat(out.fields[f], grad)
+            noted.append(grad)
         if out.beyond is not None:
             t0.put_stat(out.beyond, jnp.where(some, beyond, 0.0))
     report(out.visits, t0, t0.q0 // i32(t0.bq), visits)
+    t0.note(*noted)
 
 
 def cols_kernel(
@@ -164,8 +177,6 @@ def cols_kernel(
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
-    if not plan.dk:  # a dS that is not finite shows in dk; in dv only if its weight is
-        x0.note(v)
     ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
@@ -207,7 +218,8 @@ def cols_kernel(
             at_queries(t0, i, 0, edge=True).put_pair(ref, zero)
 
         db = {x: zeros(bk, products[x][1]) for x in plan.db}
-        sums = ColState(db, *state, {f: jnp.zeros((bk,), f32) for f in plan.col_fields})
+        fields = {f: jnp.zeros((bk,), f32) for f in plan.col_fields}
+        sums = ColState(db, state.dk, state.dv, fields)
         sums, visits = blocks.over_queries(t0, ops, held, plan, step, sums)
         if ds_ref is not None:  # no query of these blocks sees these keys
             span = queries_of(t0, plan.two_sided).span
@@ -221,19 +233,26 @@ def cols_kernel(
         for f, y in sums.fields.items():
             t0.put_key_stat(out.fields[f], t0.keep_keys(y))
         report(visits_ref, t0, t0.k0 // i32(bk), visits)
-        return sums.dk, sums.dv
+        owned = state.lasting
+        for y in (*sums.db.values(), *sums.fields.values()):
+            owned = lasting(y) if owned is None else owned + lasting(y)
+        return HeadState(sums.dk, sums.dv, owned)
 
-    dv = zeros(bk, ops.v)
-    state = zeros(bk, ops.k) if plan.dk else None, dv
+    owned = jnp.zeros((bk,), f32) if plan.db or plan.col_fields else None
+    state = HeadState(zeros(bk, ops.k) if plan.dk else None, zeros(bk, ops.v), owned)
     if call.G == 1:
         state = of_head(first, state)
     else:
         state = lax.fori_loop(first, first + call.G, of_head, state)
-    dk, dv = state
+    dk, dv, owned = state
     dv = dv * rescale(call) if call.dropout else dv
     x0.put_keys(dv_ref, x0.keep_keys(dv))
     if dk_ref is not None and dk is not None:
         x0.put_keys(dk_ref, x0.keep_keys(dk * call.scale))
+    # A dS that is not finite shows in dk, and dv is not only where dS is not; without
+    # dk it shows in dv only if its weight is not.
+    noted = [v, dv] if dk is None else [dk]
+    x0.note(*noted, *([] if owned is None else [owned]))
 
 
 def tiles_kernel(
@@ -293,5 +312,5 @@ def tiles_kernel(
     if call.causal and not t0.frame.placed and isinstance(t0.frame.offset, int):
         hi = jnp.where(t0.k0 <= t0.q0 + t0.frame.offset + bq - 1, hi, lo)
     acc = lax.fori_loop(i32(lo), i32(hi), body, jnp.zeros((bq, bk), f32))
-    t0.note(acc)
     t0.put_pair(out, acc, run * own_b + b0, h0)
+    t0.note(acc)

@@ -44,6 +44,7 @@ def thin_rows_kernel(
 
     acc = _thin_loop(w, t0, at_keys, step, zeros(t0.bq, y_ref))
     t0.put_rows(out, acc * call.scale)
+    t0.note(acc)
 
 
 def thin_cols_kernel(
@@ -76,6 +77,7 @@ def thin_cols_kernel(
     else:
         acc = lax.fori_loop(first, first + call.G, of_head, acc)
     x0.put_keys(out, acc * call.scale)
+    x0.note(acc)
 
 
 def _thin_loop(

@@ -41,10 +41,12 @@ def forward_kernel(
         acc, total = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, total, 0.0)
     if call.dropout:
         acc = acc * rescale(call)
-    t0.put_rows(out.o, acc / jnp.where(total == 0, 1.0, total)[:, None])
+    o = acc / jnp.where(total == 0, 1.0, total)[:, None]
+    t0.put_rows(out.o, o)
     t0.put_stat(out.lse, log_sum(base.high * mul, total))
     if out.peak is not None and out.total is not None:
         t0.put_stat(out.peak, jnp.where(total == 0, jnp.inf, base.high))
         log = jnp.log2(jnp.where(total == 0, 1.0, total))
         t0.put_stat(out.total, log if base.low is None else log + base.low * mul)
     report(out.visits, t0, t0.q0 // i32(t0.bq), visits(walk, far))
+    t0.note(o)

@@ -37,7 +37,8 @@ class Program:
     """Which program of a launch a kernel is run as.
 
     place: its number along each axis of the grid.
-    flag: (ref, entry): where it says that a result is not finite; None: nobody asks.
+    flag: (ref, row): where it says of what it owns whether results are finite; None:
+        nobody asks.
     """
 
     place: tuple[jax.Array, ...]

@@ -10,20 +10,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_attn.call import Call
-from pallas_attn.config import Block
 from pallas_attn.tiled.fields import along, Field, fields, turned
 from pallas_attn.tiled.operands import Cols, Forward, Operands, Residuals, Rows
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
-from pallas_attn.tiled.summaries import extremes, GRAIN
+from pallas_attn.tiled.summaries import extremes
 from pallas_attn.triton.again import launch_flagged, launch_watched
 from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
 from pallas_attn.triton.forward import forward_kernel
-from pallas_attn.triton.launch import launch, like, Made
+from pallas_attn.triton.launch import like, Made
 from pallas_attn.triton.operands import Cotangents
-from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.triton.preprocess import deltas, norms
 from pallas_attn.triton.programs import grid_of
 from pallas_attn.triton.pruning import Grains, Pruning
 from pallas_attn.triton.row_weights import RowCotangents
@@ -33,22 +32,16 @@ from pallas_attn.types import outline, Tree
 
 f32 = jnp.float32
 
-# The pre-passes stream whole grains once.
-PRE_PASS = Block(GRAIN, GRAIN, 4, 1)
-
 
 def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
     """What bounds the scores of every grain; None where nothing is pruned."""
     if not p.pruned:
         return None
     sides = [b for _, b in ops.added.products]
-    heads = call.N if sides else call.K
-    grid = (call.B, heads, pl.cdiv(call.S, GRAIN))
-    inputs = (ops.k, ops.v, sides, ops.sight)
-    norms = launch(norms_kernel, grid, inputs, outline(grid, f32), call, PRE_PASS)
+    largest = norms(ops.k, ops.v, sides, ops.sight, call)
     vectors = {f: along(f, x) for f, x in fields(ops.added).items()}
     known = {f: extremes(x.astype(f32)) for f, x in vectors.items() if x is not None}
-    return Grains(norms, known)
+    return Grains(largest, known)
 
 
 def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forward:
@@ -71,15 +64,7 @@ def cotangents(
     res: Residuals, do: Array, dlse: Array | None, call: Call, p: Plan
 ) -> tuple[Cotangents, Pruning]:
     """What the backward passes read beside the operands, and what they prune with."""
-    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    delta, floors = launch(
-        delta_kernel,
-        grid,
-        (res.o, do, res.lse, dlse, res.ops.sight),
-        (_per_row(call), outline(grid, f32)),
-        call,
-        PRE_PASS,
-    )
+    delta, floors = deltas(res.o, do, res.lse, dlse, res.ops.sight, call)
     pruning = Pruning(res.grains, res.reach, floors) if p.pruned else Pruning()
     cot = Cotangents(do, res.lse, delta, res.peak, res.total, dlse, p.large_rows)
     return cot, pruning
@@ -102,7 +87,14 @@ def rows(
     )
     grid, block = grid_of(call, p, "rows").shape, block_of(call, p, "rows")
     made, strange = launch_flagged(
-        rows_kernel, grid, (ops, cot, blocks), outputs, call, block, plan=p
+        rows_kernel,
+        grid,
+        (ops, cot, blocks),
+        outputs,
+        call,
+        block,
+        own=block.block_q,
+        plan=p,
     )
     return replace(made, strange=strange)
 
@@ -153,6 +145,7 @@ def tiles(
         outline((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
         call,
         block,
+        own=block.block_q,
         strange=rows.strange,
         plan=p,
         field=field,
@@ -186,7 +179,10 @@ def _run(
     p: Plan,
 ) -> Made:
     grid, block = grid_of(call, p, name), block_of(call, p, name)
-    return launch_watched(kernel, grid.shape, inputs, outputs, call, block, plan=p)
+    own = block.block_k if name.endswith("cols") else block.block_q
+    return launch_watched(
+        kernel, grid.shape, inputs, outputs, call, block, own=own, plan=p
+    )
 
 
 def _per_row(call: Call) -> Array:

@@ -58,12 +58,6 @@ def product(call: Call, x: Scalar, factor: float, *, always: bool = False) -> Sc
     return _inline(f"mul.rn.f32 $0, $1, 0f{bits:08X};", x, f32)
 
 
-def barrier(call: Call) -> None:
-    """No thread of a program goes on before all have come here and stored."""
-    if not call.interpret:  # programs of one thread
-        plgpu.debug_barrier()
-
-
 def apart(call: Call, x: jax.Array) -> jax.Array:
     """A dot's result, which no compiler makes the start of another's, if exact.
 

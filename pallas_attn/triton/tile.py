@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,7 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
 from pallas_attn.tiled.summaries import Frame, Sight
-from pallas_attn.triton.memory import both, column, inside, load, store
+from pallas_attn.triton.memory import both, column, inside, load, store, store_row
 from pallas_attn.types import Index, Range, Ref, Scalar, View
 
 
@@ -199,18 +198,12 @@ class Tile:
         """[bq] of a row statistic [B, N, T]; `other` past the end."""
         return self._vector(ref, (self.h,), self.q0, self.bq, other)
 
-    def put_rows(self, ref: Ref, x: jax.Array, *, noted: bool = False) -> None:
-        """Store [bq, H] into an array [B, T, heads, H].
-
-        noted: another result is not finite where this one is not.
-        """
-        if not noted:
-            self.note(x)
+    def put_rows(self, ref: Ref, x: jax.Array) -> None:
+        """Store [bq, H] into an array [B, T, heads, H]."""
         store(*self._matrix(ref, "q", stored=True), x, ref)
 
     def put_keys(self, ref: Ref, x: jax.Array) -> None:
         """Store [bk, H] into an array [B, S, heads, H]."""
-        self.note(x)
         store(*self._matrix(ref, "k", stored=True), x, ref)
 
     def put_stat(self, ref: Ref, x: jax.Array) -> None:
@@ -219,7 +212,6 @@ class Tile:
 
     def put_key_stat(self, ref: Ref, x: jax.Array) -> None:
         """Store [bk] into [B, N, S]."""
-        self.note(x)
         self._put_vector(ref, self.k0, self.bk, x)
 
     def carry(self, ref: Ref, lead: tuple[Index, ...], which: int) -> jax.Array:
@@ -247,24 +239,18 @@ class Tile:
         """Store a tile [bq, bk] into an array [#B, #N, T, S], at (b, h) if given."""
         store(*self._pair(ref, False, b, h), x, ref)
 
-    def note(self, x: jax.Array) -> None:
-        """Set the program's flag, if it has one, where x is not finite."""
-        self.note_where(lambda: ~(_lasting(x) == 0))
+    def note(self, *results: jax.Array) -> None:
+        """Tell, if anyone asks, which rows of what a program makes are not finite.
 
-    def note_where(self, strange: Callable[[], jax.Array]) -> None:
-        """The same where something is strange; nothing is computed without a flag.
-
-        Each thread stores for what it holds, the same number to the same place, which
-        was 0 at first: to look across threads before would take a barrier each time.
+        Once in a program, after its stores. A row is a query, or a key where a program
+        owns keys; results: [rows] or [rows, any].
         """
         if self.flag is None:
             return
         ref, number = self.flag
-        bad = strange()
-        at = jnp.broadcast_to(number, bad.shape)
-        if self.call.interpret:  # it writes the old value back where a mask is False
-            at = jnp.where(bad, at, ref.shape[0])
-        store(ref.at[(at,)], bad, jnp.ones(bad.shape, ref.dtype), ref)
+        store_row(
+            ref, (number,), ~(functools.reduce(jnp.add, map(lasting, results)) == 0)
+        )
 
     def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
@@ -459,9 +445,10 @@ def plain_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b)
 
 
-def _lasting(x: jax.Array) -> jax.Array:
+def lasting(x: jax.Array) -> jax.Array:
     """0 of a row whose entries are finite, else NaN; of a vector so each entry."""
-    return jnp.sum(x - x, 1) if x.ndim > 1 else x - x
+    x = x.astype(f32) * 0.0
+    return jnp.sum(x, 1) if x.ndim > 1 else x
 
 
 def _iota(n: int) -> jax.Array:

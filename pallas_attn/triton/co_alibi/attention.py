@@ -16,7 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LN2
 from pallas_attn.problem import Problem
 from pallas_attn.tiled.autodiff import share
-from pallas_attn.tiled.summaries import GRAIN, sight
+from pallas_attn.tiled.summaries import sight
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.triton.co_alibi.forward import forward_kernel
@@ -32,8 +32,7 @@ from pallas_attn.triton.co_alibi.operands import (
 from pallas_attn.triton.co_alibi.plan import grid_of, Plan, plan
 from pallas_attn.triton.co_alibi.scan import exact, triangles
 from pallas_attn.triton.launch import launch, like
-from pallas_attn.triton.passes import PRE_PASS
-from pallas_attn.triton.preprocess import delta_kernel, norms_kernel
+from pallas_attn.triton.preprocess import deltas, norms
 from pallas_attn.types import outline
 
 
@@ -109,9 +108,7 @@ def _forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, lse), residuals); graded: a backward pass follows."""
     p = plan(call)
-    shape = (call.B, call.K, pl.cdiv(call.S, GRAIN))
-    inputs = (ops.k, ops.v, [], ops.sight)
-    norms = launch(norms_kernel, shape, inputs, outline(shape, f32), call, PRE_PASS)
+    largest = norms(ops.k, ops.v, [], ops.sight, call)
     grid = grid_of(call, "forward", p)
     rows = outline((call.B, call.N, call.T), f32)
     per_block = (call.B, call.N, grid.blocks)
@@ -130,7 +127,7 @@ def _forward(
         visits=outline((*per_block, 2), i32),
     )
     ones = triangles(call, p.block_k, flip=False)
-    inputs = (ops, norms, ones)
+    inputs = (ops, largest, ones)
     out = launch(
         forward_kernel,
         grid.shape,
@@ -153,16 +150,7 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradie
     its part into the whole arrays.
     """
     ops, p = res.ops, plan(call)
-    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    rows = outline((call.B, call.N, call.T), f32)
-    delta, _ = launch(
-        delta_kernel,
-        grid,
-        (res.o, do, res.lse, dlse, ops.sight),
-        (rows, outline(grid, f32)),
-        call,
-        PRE_PASS,
-    )
+    delta, _ = deltas(res.o, do, res.lse, dlse, ops.sight, call)
     saved = Saved(
         do,
         res.base,
@@ -178,7 +166,7 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradie
     )
     outputs = Gradients(
         cols=Cols(dk=like(ops.k), dv=like(ops.v), visits=_visits(call, "cols", p)),
-        rows=Rows(dm=rows, dq=like(ops.q), visits=_visits(call, "rows", p)),
+        rows=Rows(dm=like(delta), dq=like(ops.q), visits=_visits(call, "rows", p)),
     )
     if (p.batch, p.heads) == (call.B, call.K):
         return _group(ops, saved, outputs, None, call, p)

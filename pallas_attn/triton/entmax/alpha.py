@@ -75,5 +75,5 @@ def alpha_kernel(
         by_u = by_u - t0.stat(expected)
     total = total - stats.in_units_of_u(by_u) * by_h
     total = jnp.where(stats.attends, total, 0.0)
-    t0.note(total)
     t0.put_stat(out, total)
+    t0.note(total)

@@ -177,14 +177,16 @@ def output_kernel(
     if call.dropout:
         p_v, u_v = p_v * rescale(call), u_v * rescale(call)
     first_order = jnp.where(p <= 0, 0.0, (p - 1) / u)
-    t0.put_rows(out.o, p_v - first_order[:, None] * u_v)
-    t0.put_rows(out.o2, u_v / u[:, None], noted=True)
+    o = p_v - first_order[:, None] * u_v
+    t0.put_rows(out.o, o)
+    t0.put_rows(out.o2, u_v / u[:, None])
     t0.put_stat(out.u, u)
     t0.put_stat(out.level, power.lowered(level, step))
     i = t0.q0 // i32(t0.bq)
     if out.bits is not None:
         store_row(out.bits, (t0.b, t0.h, i), bits)
     report(out.visits, t0, i, visits)
+    t0.note(o)  # o2 is not finite only where this is not
 
 
 def _bends(p: jax.Array, u: jax.Array) -> jax.Array:

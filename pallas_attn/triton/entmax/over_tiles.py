@@ -12,7 +12,6 @@ from pallas_attn.normalizers.entmax import Learned
 from pallas_attn.tiled.autodiff import gradients
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
-from pallas_attn.tiled.summaries import GRAIN
 from pallas_attn.triton import passes
 from pallas_attn.triton.again import launch_watched
 from pallas_attn.triton.blocks import block_of
@@ -24,8 +23,7 @@ from pallas_attn.triton.entmax.output import Output, output_kernel
 from pallas_attn.triton.entmax.power import fuses
 from pallas_attn.triton.entmax.support import by_key, Support, words_of
 from pallas_attn.triton.entmax.threshold import Found, slots_kernel
-from pallas_attn.triton.launch import launch
-from pallas_attn.triton.preprocess import delta_kernel
+from pallas_attn.triton.preprocess import deltas
 from pallas_attn.triton.programs import grid_of
 from pallas_attn.types import outline
 
@@ -91,6 +89,7 @@ def backward(
         outline(saved.m.shape, f32),
         call,
         block_of(call, p, "rows"),
+        own=block_of(call, p, "rows").block_q,
         plan=p,
     )
     if dtau is not None:  # tau = a (m + L) - 1
@@ -115,6 +114,7 @@ def _slots(ops: Operands, alpha: Array | None, call: SparseCall, p: Plan) -> Fou
         outputs,
         call,
         block_of(call, p, "forward"),
+        own=block_of(call, p, "forward").block_q,
         plan=p,
         words=words,
     )
@@ -142,6 +142,7 @@ def _output(
         outputs,
         call,
         block_of(call, p, "forward"),
+        own=block_of(call, p, "forward").block_q,
         plan=p,
         words=words,
         tolerance=share * float(jnp.finfo(ops.q.dtype).eps),
@@ -166,8 +167,4 @@ def _delta(
     call: SparseCall,
 ) -> Array:
     """The delta <do, o2> less what the residual's cotangent adds; 0 in empty rows."""
-    grid = (call.B, call.N, pl.cdiv(call.T, GRAIN))
-    rows = outline((call.B, call.N, call.T), f32)
-    inputs = (saved.o2, do, saved.m, share_of_u, res.ops.sight)
-    outputs = (rows, outline(grid, f32))
-    return launch(delta_kernel, grid, inputs, outputs, call, passes.PRE_PASS)[0]
+    return deltas(saved.o2, do, saved.m, share_of_u, res.ops.sight, call)[0]

@@ -148,7 +148,7 @@ def fill(
         m = jnp.max(tops[0], 1)
         sweep = sweep.above(m, jnp.zeros_like(m) + power.level_of(1.0), grains, power)
     tops = sweep.far_loop(keep, tops)
-    t0.note_where(lambda: ~(tops[0] < jnp.inf))
+    t0.note(jnp.where(tops[0] < jnp.inf, 0.0, jnp.inf))
     m = jnp.max(tops[0], 1)
     some = t0.inside_rows() & ~(m <= lowest(t0.call.scale))
     return Slots(sweep, jnp.where(some, m, jnp.inf), tops)

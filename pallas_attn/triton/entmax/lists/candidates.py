@@ -44,9 +44,7 @@ i32 = jnp.int32
 # Bounds are lowered by this share of the numbers that they come from: rounding.
 ROUNDING = 1e-6
 
-# A score that is computed again may be rounded otherwise, by a share of its addends,
-# which nobody knows. Where a row lost keys to that, its bound is lowered, each time by
-# 16 times as much, and at last to all keys.
+# How often the bound of a row that lost keys to rounding is lowered.
 TRIES = 6
 
 # Halvings of an int32 range, and some.
@@ -59,8 +57,8 @@ Take = Callable[[jax.Array, Tile], jax.Array]
 
 # Of each row, two numbers: the ends of a search, or counts.
 Ends = tuple[jax.Array, jax.Array]
-# How often it was tried, and of each row the bound, how many words and keys there are.
-Try = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# How often it was tried, and of each row the bound and how many keys there are.
+Try = tuple[jax.Array, jax.Array, jax.Array]
 # The ends of a search of each row, how many keys it has at the first, and the step.
 Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -81,58 +79,46 @@ def list_candidates_kernel(
     power = power_of(call, alpha, t0.b, t0.h, fused=fuses(call, ops))
     slots = fill(t0, ops, grains, power, plan)
     level, _ = slot_level(slots, power, call.scale)
-    first = bound_of(slots, level, power, call)
-    above = sum([jnp.sum(x >= first[:, None], 1, dtype=i32) for x in slots.tops])
-    need = jnp.minimum(above, 1 if call.top_k is None else call.top_k)
-    size = largest_finite(slots.tops) * ROUNDING
-    scores = slots.sweep.whole
-
-    def short(state: Try) -> jax.Array:
-        tries, _, _, keys = state
-        return (jnp.max(need - keys) > 0) & (tries <= TRIES)
-
-    def collected(state: Try) -> Try:
-        tries, *_ = state
-        wider = lax.shift_left(i32(1), 4 * tries).astype(f32) - 1
-        bound = jnp.where(tries < TRIES, first - size * wider, lowest(call.scale))
-        bound = jnp.where(need > 0, bound, first)
-        within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
-        take = lambda x, _: ~(x < bound[:, None])
-        return tries + 1, bound, *collect(t0, scores, take, out.lists, within)
-
-    nothing = jnp.full_like(need, -1)
-    _, bound, words, keys = lax.while_loop(
-        short, collected, (i32(0), first, nothing, nothing)
-    )
+    bound, need = bound_of(slots, level, power, call)
     t0.put_stat(out.m, slots.m)
     t0.put_stat(out.level, level)
     t0.put_stat(out.bound, bound)
-    t0.put_stat(out.count, stored(t0, words, out.lists))
-    t0.put_stat(out.keys, jnp.where(t0.inside_rows(), keys, 0))
+    t0.put_stat(out.need, need)
+    within = blocks_above(slots.sweep, grains, bound) if plan.pruned else None
+    words, keys = collect(t0, slots.sweep.whole, above_all(bound), out.lists, within)
+    put_counts(t0, words, keys, out.lists)
 
 
 def bound_of(
     slots: Slots, level: jax.Array, power: Power | Learned, call: SparseCall
-) -> jax.Array:
-    """A lower bound, in units of q.k, of the scores that a list may need.
+) -> tuple[jax.Array, jax.Array]:
+    """A lower bound of the scores that a list may need, and how many it has at least.
 
-    inf where a query sees nothing or a score is not finite: what is not less than
-    that, NaN, is a candidate still.
+    In units of q.k. inf where a query sees nothing or a score is not finite: what is
+    not less than that, NaN, is a candidate still.
     """
     below = [slots.m[:, None] - x for x in slots.tops]
     depth = power.reach(level) * ((1 + ROUNDING) / call.scale)
+    need = jnp.ones_like(depth)
     if call.top_k is not None:
         depth = narrowed(depth, below, call.top_k)
+        # not of `tops` beside `bound`: both and `below` have no place in registers
+        need = jnp.minimum(count_within(depth, below), call.top_k)
     bound = slots.m - depth * (1 + ROUNDING) - jnp.abs(slots.m) * ROUNDING
     bound = jnp.maximum(bound, lowest(call.scale))
     known = (slots.m - slots.m == 0) & (bound == bound)
-    return jnp.where(known, bound, jnp.inf)
+    return jnp.where(known, bound, jnp.inf), jnp.where(known, need, 0.0).astype(i32)
 
 
-def largest_finite(tops: tuple[jax.Array, ...]) -> jax.Array:
-    """The largest |score| of each row's slots that is a number."""
-    found = [jnp.where(x - x == 0, jnp.abs(x), 0.0) for x in tops]
-    return functools.reduce(jnp.maximum, [jnp.max(x, 1) for x in found])
+def count_within(depth: jax.Array, below: list[jax.Array]) -> jax.Array:
+    """How many slots of each row lie no further below the largest, float32."""
+    inside = [jnp.sum((x <= depth[:, None]).astype(f32), 1) for x in below]
+    return inside[0] + inside[1]
+
+
+def above_all(bound: jax.Array) -> Take:
+    """The pairs that are not below the bound of their row."""
+    return lambda x, _: ~(x < bound[:, None])
 
 
 def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
@@ -143,9 +129,7 @@ def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
     """
 
     def count(bits: jax.Array) -> jax.Array:
-        depth = lax.bitcast_convert_type(bits, f32)[:, None]
-        inside = [jnp.sum((x <= depth).astype(f32), 1) for x in below]
-        return inside[0] + inside[1]
+        return count_within(lax.bitcast_convert_type(bits, f32), below)
 
     start = lax.bitcast_convert_type(jnp.minimum(depth, 3e38), i32)
 
@@ -216,10 +200,11 @@ def collect(
     return in_order(t0, key_runs(t0), within, append, (nothing, nothing))
 
 
-def stored(t0: Tile, words: jax.Array, out: Words) -> jax.Array:
-    """How many words of each row there is room for."""
-    words = jnp.minimum(words, out.words.shape[-1])
-    return jnp.where(t0.inside_rows(), words, 0)
+def put_counts(t0: Tile, words: jax.Array, keys: jax.Array, out: Words) -> None:
+    """Store how many words of each row there was room for, and how many keys it has."""
+    inside, words = t0.inside_rows(), jnp.minimum(words, out.words.shape[-1])
+    t0.put_stat(out.count, jnp.where(inside, words, 0))
+    t0.put_stat(out.keys, jnp.where(inside, keys, 0))
 
 
 def in_order(
@@ -233,10 +218,10 @@ def in_order(
     return runs.loop(one, state, veiled=t0.sight.veiled, within=within)
 
 
-def list_overflow_kernel(
+def list_again_kernel(
     ops: Operands,
-    stats: Bounds,
-    _: Words,
+    bounds: Bounds,
+    lists: Words,
     out: Words,
     *,
     call: SparseCall,
@@ -244,68 +229,126 @@ def list_overflow_kernel(
     plan: Plan,
     cut: Block,
 ) -> None:
-    """Collects again for blocks of queries of which one has too many candidates.
-
-    Their bounds rise, bit by bit, until there are at least k and at most as many as a
-    list holds; where more than that are equal, the first of them by key index.
-    """
+    """Collects again for blocks of queries of which one lost keys, or has too many."""
     t0 = row_tile(ops.sight, call, cut, program)
-    assert call.top_k is not None
-    keys, k = t0.stat(stats.keys, 0), call.top_k
-    most = out.words.shape[-1]
+    keys, need = t0.stat(lists.keys, 0), t0.stat(bounds.need, 0)
+    k, most, nothing = call.top_k, out.words.shape[-1], lambda: i32(0)
 
-    def redo() -> jax.Array:
-        scores, runs = sweep_of(t0, ops, plan).whole, key_runs(t0)
-        bound, m = t0.stat(stats.bound), t0.stat(stats.m, jnp.inf)
-        every = jnp.full(keys.shape, call.S, i32)
+    def again() -> jax.Array:
+        scores = sweep_of(t0, ops, plan).whole
+        bound, m = t0.stat(bounds.bound), t0.stat(bounds.m, jnp.inf)
+        bound, found = lowered(t0, scores, bound, m, need, keys, out)
+        if k is None:  # who reads the lists looks whether all keys have room
+            return i32(0)
+        fewer = functools.partial(raised, t0, scores, bound, m, k, found, out)
+        return lax.cond(jnp.max(found) > most, fewer, nothing)
 
-        def inside(x: jax.Array, t: Tile, low: jax.Array, end: jax.Array) -> jax.Array:
-            rank = ordered(x)
-            early = t.along_k(t.k0 + jnp.arange(t.bk, dtype=i32)) <= end[:, None]
-            found = (rank > low[:, None]) | ((rank == low[:, None]) & early)
-            return found & (x != -jnp.inf)
+    wrong = jnp.max(need - keys) > 0
+    if k is not None:
+        wrong = wrong | (jnp.max(keys) > most)
+    lax.cond(wrong, again, nothing)
 
-        def count(low: jax.Array, end: jax.Array) -> jax.Array:
-            def add(t: Tile, n: jax.Array) -> jax.Array:
-                found = inside(scores(t), t, low, end)
-                return n + jnp.sum(found.astype(f32), 1)
 
-            return in_order(t0, runs, None, add, jnp.zeros(keys.shape, f32)).astype(i32)
+def lowered(
+    t0: Tile,
+    scores: Scores,
+    first: jax.Array,
+    m: jax.Array,
+    need: jax.Array,
+    keys: jax.Array,
+    out: Words,
+) -> tuple[jax.Array, jax.Array]:
+    """Collects with lower bounds until no row lacks keys; the bounds, counts of keys.
 
-        def raised(state: Search) -> Search:
-            low, high, n, step = state
-            middle = middle_of(low, high)
-            found = count(middle, every)
-            go = (n > most) & (middle > low)
-            up = go & (found >= k)
-            low, n = jnp.where(up, middle, low), jnp.where(up, found, n)
-            return low, jnp.where(go & ~up, middle, high), n, step + 1
+    A score that is computed again may be rounded otherwise, by a share of its addends,
+    which nobody knows: bounds are lowered by 16 times as much each time, and at last to
+    all keys.
+    """
+    size = jnp.maximum(finite_size(first), finite_size(m)) * ROUNDING
 
-        def cutting(state: Search) -> Search:
-            first, last, n, step = state
-            middle = middle_of(first, last)
-            found = count(low, middle)
-            go = (n > most) & (last > first + 1)
-            ok = go & (found >= k)
-            last, n = jnp.where(ok, middle, last), jnp.where(ok, found, n)
-            return jnp.where(go & ~ok, middle, first), last, n, step + 1
+    def short(state: Try) -> jax.Array:
+        tries, _, keys = state
+        return (jnp.max(need - keys) > 0) & (tries <= TRIES)
 
-        def unfinished(state: Search) -> jax.Array:
-            low, high, n, step = state
-            more = (n > most) & (middle_of(low, high) > low)
-            return (jnp.max(more.astype(i32)) > 0) & (step < HALVINGS)
+    def collected(state: Try) -> Try:
+        tries, *_ = state
+        wider = lax.shift_left(i32(1), 4 * tries).astype(f32)
+        bound = jnp.where(tries < TRIES, first - size * wider, lowest(t0.call.scale))
+        bound = jnp.where(need > 0, bound, first)
+        words, keys = collect(t0, scores, above_all(bound), out)
+        put_counts(t0, words, keys, out)
+        return tries + 1, bound, keys
 
-        low, _, n, _ = lax.while_loop(
-            unfinished, raised, (ordered(bound), ordered(m) + 1, keys, i32(0))
-        )
-        _, end, _, _ = lax.while_loop(
-            unfinished, cutting, (jnp.full_like(every, -1), every, n, i32(0))
-        )
-        words, _ = collect(t0, scores, lambda x, t: inside(x, t, low, end), out)
-        t0.put_stat(out.count, stored(t0, words, out))
-        return i32(0)
+    return lax.while_loop(short, collected, (i32(0), first, keys))[1:]
 
-    lax.cond(jnp.max(keys) > most, redo, lambda: i32(0))
+
+def finite_size(x: jax.Array) -> jax.Array:
+    """The absolute value of what is finite, else 0."""
+    return jnp.where(x - x == 0, jnp.abs(x), 0.0)
+
+
+def raised(
+    t0: Tile,
+    scores: Scores,
+    bound: jax.Array,
+    m: jax.Array,
+    k: int,
+    keys: jax.Array,
+    out: Words,
+) -> jax.Array:
+    """Collects with higher bounds, so that the keys of each row have room.
+
+    They rise, bit by bit, until there are at least k and at most as many as a list
+    holds; where more than that are equal, the first of them by key index.
+    """
+    runs, most = key_runs(t0), out.words.shape[-1]
+    every = jnp.full(keys.shape, t0.call.S, i32)
+
+    def inside(x: jax.Array, t: Tile, low: jax.Array, end: jax.Array) -> jax.Array:
+        rank = ordered(x)
+        early = t.along_k(t.k0 + jnp.arange(t.bk, dtype=i32)) <= end[:, None]
+        found = (rank > low[:, None]) | ((rank == low[:, None]) & early)
+        return found & (x != -jnp.inf)
+
+    def count(low: jax.Array, end: jax.Array) -> jax.Array:
+        def add(t: Tile, n: jax.Array) -> jax.Array:
+            found = inside(scores(t), t, low, end)
+            return n + jnp.sum(found.astype(f32), 1)
+
+        return in_order(t0, runs, None, add, jnp.zeros(keys.shape, f32)).astype(i32)
+
+    def higher(state: Search) -> Search:
+        low, high, n, step = state
+        middle = middle_of(low, high)
+        found = count(middle, every)
+        go = (n > most) & (middle > low)
+        up = go & (found >= k)
+        low, n = jnp.where(up, middle, low), jnp.where(up, found, n)
+        return low, jnp.where(go & ~up, middle, high), n, step + 1
+
+    def shorter(state: Search) -> Search:
+        first, last, n, step = state
+        middle = middle_of(first, last)
+        found = count(low, middle)
+        go = (n > most) & (last > first + 1)
+        ok = go & (found >= k)
+        last, n = jnp.where(ok, middle, last), jnp.where(ok, found, n)
+        return jnp.where(go & ~ok, middle, first), last, n, step + 1
+
+    def unfinished(state: Search) -> jax.Array:
+        low, high, n, step = state
+        more = (n > most) & (middle_of(low, high) > low)
+        return (jnp.max(more.astype(i32)) > 0) & (step < HALVINGS)
+
+    low, _, n, _ = lax.while_loop(
+        unfinished, higher, (ordered(bound), ordered(m) + 1, keys, i32(0))
+    )
+    _, end, _, _ = lax.while_loop(
+        unfinished, shorter, (jnp.full_like(every, -1), every, n, i32(0))
+    )
+    words, _ = collect(t0, scores, lambda x, t: inside(x, t, low, end), out)
+    put_counts(t0, words, keys, out)
+    return i32(0)
 
 
 def ordered(x: jax.Array) -> jax.Array:

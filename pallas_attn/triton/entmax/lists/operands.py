@@ -39,10 +39,12 @@ class Lists:
 class Words:
     """The candidates of every query as words of bits; the first `count` count.
 
+    keys: how many there are, stored or not.
     numbers: of the words, counted along the keys.
     """
 
     count: Int[Array, "B N T"]
+    keys: Int[Array, "B N T"]
     numbers: Int[Array, "B N T words"]
     words: Int[Array, "B N T words"]
 
@@ -53,13 +55,13 @@ class Bounds:
     """What bounded the candidates of every query.
 
     bound: the least score of one, in units of q.k.
-    keys: how many there are, stored or not.
     m: the largest score, inf for empty rows.
+    need: how many keys have a score that large, at least; at most k.
     """
 
     bound: Float[Array, "B N T"]
-    keys: Int[Array, "B N T"]
     m: Float[Array, "B N T"]
+    need: Int[Array, "B N T"]
 
 
 @jax.tree_util.register_dataclass
@@ -72,18 +74,21 @@ class Candidates:
     keys: Int[Array, "B N T"]
     level: Float[Array, "B N T"]
     m: Float[Array, "B N T"]
+    need: Int[Array, "B N T"]
     numbers: Int[Array, "B N T words"]
     words: Int[Array, "B N T words"]
 
     @property
     def lists(self) -> Words:
         """The candidates themselves."""
-        return Words(count=self.count, numbers=self.numbers, words=self.words)
+        return Words(
+            count=self.count, keys=self.keys, numbers=self.numbers, words=self.words
+        )
 
     @property
     def bounds(self) -> Bounds:
         """What bounded them."""
-        return Bounds(bound=self.bound, keys=self.keys, m=self.m)
+        return Bounds(bound=self.bound, m=self.m, need=self.need)
 
 
 @jax.tree_util.register_dataclass

@@ -35,8 +35,8 @@ from pallas_attn.triton.entmax.lists.blocks import (
     sweep_block,
 )
 from pallas_attn.triton.entmax.lists.candidates import (
+    list_again_kernel,
     list_candidates_kernel,
-    list_overflow_kernel,
 )
 from pallas_attn.triton.entmax.lists.kernels import (
     list_cols_kernel,
@@ -143,6 +143,7 @@ def candidates(
         keys=_per_row(call, i32),
         level=_per_row(call, f32),
         m=_per_row(call, f32),
+        need=_per_row(call, i32),
         numbers=_per_row(call, i32, words),
         words=_per_row(call, i32, words),
     )
@@ -153,13 +154,12 @@ def candidates(
         outputs,
         call,
         block,
+        own=block.block_q,
         cut=block,
         plan=p,
     )
-    if call.top_k is None:
-        return out
     redone = _run(  # which mostly has nothing to do: with care at once
-        list_overflow_kernel,
+        list_again_kernel,
         (careful(ops), out.bounds),
         outputs.lists,
         call,
