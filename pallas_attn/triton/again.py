@@ -58,7 +58,7 @@ def launch_watched(
 
     outputs: not a tuple; the kernel says by `Tile.note` whether they are finite, and
         stores the same places when it is run again.
-    own: the queries or keys of a program, a power of two.
+    own: the flags of a program, one for each of its queries or keys; a power of two.
     """
     return launch_flagged(
         kernel, grid, inputs, outputs, call, block, own=own, strange=None, **static

@@ -177,6 +177,8 @@ def cols_kernel(
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)
+    if not plan.dk:  # where its weight is 0, a dS that is not finite shows in v alone
+        x0.note(v, slot=1)
     ragged = not covers(x0.frame.keys, call.S)
 
     def transposed(x: jax.Array) -> jax.Array:
@@ -249,10 +251,8 @@ def cols_kernel(
     x0.put_keys(dv_ref, x0.keep_keys(dv))
     if dk_ref is not None and dk is not None:
         x0.put_keys(dk_ref, x0.keep_keys(dk * call.scale))
-    # A dS that is not finite shows in dk, and dv is not only where dS is not; without
-    # dk it shows in dv only if its weight is not.
-    noted = [v, dv] if dk is None else [dk]
-    x0.note(*noted, *([] if owned is None else [owned]))
+    # A dS that is not finite shows in dk, and dv is finite where dS is.
+    x0.note(dv if dk is None else dk, *([] if owned is None else [owned]))
 
 
 def tiles_kernel(

@@ -180,6 +180,7 @@ def _run(
 ) -> Made:
     grid, block = grid_of(call, p, name), block_of(call, p, name)
     own = block.block_k if name.endswith("cols") else block.block_q
+    own = 2 * own if name == "cols" and not p.dk else own  # v has flags of its own
     return launch_watched(
         kernel, grid.shape, inputs, outputs, call, block, own=own, plan=p
     )

@@ -16,7 +16,7 @@ from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
 from pallas_attn.tiled.summaries import Frame, Sight
-from pallas_attn.triton.memory import both, column, inside, load, store, store_row
+from pallas_attn.triton.memory import both, column, inside, load, store
 from pallas_attn.types import Index, Range, Ref, Scalar, View
 
 
@@ -239,18 +239,21 @@ class Tile:
         """Store a tile [bq, bk] into an array [#B, #N, T, S], at (b, h) if given."""
         store(*self._pair(ref, False, b, h), x, ref)
 
-    def note(self, *results: jax.Array) -> None:
+    def note(self, *results: jax.Array, slot: int = 0) -> None:
         """Tell, if anyone asks, which rows of what a program makes are not finite.
 
-        Once in a program, after its stores. A row is a query, or a key where a program
-        owns keys; results: [rows] or [rows, any].
+        A row is a query, or a key where a program owns keys.
+
+        Args:
+            results: [rows] or [rows, any].
+            slot: Of the program's flags; each is written once.
         """
         if self.flag is None:
             return
         ref, number = self.flag
-        store_row(
-            ref, (number,), ~(functools.reduce(jnp.add, map(lasting, results)) == 0)
-        )
+        bad = ~(functools.reduce(jnp.add, map(lasting, results)) == 0)
+        n = bad.shape[0]
+        store(ref.at[number, pl.ds(number * 0 + slot * n, n)], None, bad, ref)
 
     def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
