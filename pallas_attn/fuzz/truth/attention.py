@@ -17,6 +17,8 @@ from pallas_attn.fuzz.truth.weights import alpha_gradient, Weights, weights
 
 # A logit, or a term's own value, from which on a key has no weight.
 NO_WEIGHT = -1e30
+# The share of a row's weight that a key without any may have: less is pruned.
+NOTHING_LESS = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,13 @@ class _Readable:
 class _Logits:
     """Of every pair, and the way back to scaled products."""
 
-    t: np.ndarray  # -inf where hidden
+    t: np.ndarray  # without what is shared; -inf where hidden
     products: np.ndarray  # q.k, unscaled
     size: np.ndarray  # sums of |q||k|
     scale: float
     bent: np.ndarray | float  # the derivative of a soft cap
     gates: tuple[np.ndarray, np.ndarray] | None = None  # g and z of Co-ALiBi
+    shared: np.ndarray | float = 0.0  # what all keys of a query have, [*L, N, T, 1]
 
 
 EXACT = Noise()
@@ -148,10 +151,11 @@ def truth(
     size = logits.size.max(-1, initial=0) + sum(
         np.where(visible, np.abs(finite(x)), 0.0).max(-1, initial=0) for x in parts
     )
-    found = weights(plan, operands, logits.t, size)
+    found = weights(plan, operands, logits.t, size, logits.shared)
     p, u = found.p, found.u
     if noise.random is not None:
-        flat = noise.random.uniform(-1, 1, p.shape) * 2.0**-24 * visible
+        unit = min(NOTHING_LESS, noise.score)
+        flat = noise.random.uniform(-1, 1, p.shape) * unit * visible
         p = noise.on(p, noise.store) + flat
         u = noise.on(u, noise.store) + (flat if plan.normalizer is None else 0)
     left = np.ones(plan.full, bool)
@@ -233,21 +237,21 @@ def _logits(plan: Plan, operands: Arrays, read: _Readable, noise: Noise) -> _Log
         bent = noise.on(1 - y * y, 2 * noise.score, np.ones_like(y))
     if plan.contextual:
         return _contextual(operands, read, noise, s, products, size, scale, bent)
-    t, shared = s, np.zeros(())
+    t, shared = s, np.zeros((*s.shape[:-1], 1))
     for _, term in read.terms:
         for n, part in enumerate(term.parts):
             of_row = np.zeros(()) if n or term.shared is None else term.shared
-            of_row = np.where(np.isfinite(part), of_row, 0.0)
-            own = finite(part) - of_row
+            if np.shape(part)[-1:] == (1,):
+                of_row = finite(part)
+            own = np.where(np.isfinite(part), part - of_row, part)
             t = t + noise.on(own, noise.score)
-            t = t + np.where(np.isfinite(part), 0.0, part)
             shared = shared + of_row
         for big in term.sizes:
             shape = np.broadcast_shapes(t.shape, big.shape)
             t = t + noise.on(np.zeros(shape), noise.score, big)
     reach = read.reach & ~(t + shared <= NO_WEIGHT)
-    t = np.where(reach, noise.held(t) + shared, -np.inf)
-    return _Logits(t, products, size, scale, bent)
+    t = np.where(reach, noise.held(t), -np.inf)
+    return _Logits(t, products, size, scale, bent, shared=shared)
 
 
 def _contextual(

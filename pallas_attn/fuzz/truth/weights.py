@@ -43,14 +43,21 @@ class Weights:
     unsure: np.ndarray
 
 
-def weights(plan: Plan, operands: Arrays, t: np.ndarray, size: np.ndarray) -> Weights:
-    """The weights of logits.
+def weights(
+    plan: Plan,
+    operands: Arrays,
+    t: np.ndarray,
+    size: np.ndarray,
+    shared: np.ndarray | float = 0.0,
+) -> Weights:
+    """The weights of logits t + shared.
 
     Args:
         plan: The call.
         operands: Alpha, if it is an array.
         t: Logits [*L, N, T, S], -inf where hidden.
         size: The largest sum of absolute values in a row of logits, [*L, N, T].
+        shared: What all of a row have, which no weight sees, [*L, N, T, 1].
     """
     alpha, top_k = plan.normalizer or (1.0, None)
     alphas = operands.get("alpha", np.full(1, alpha))
@@ -81,7 +88,9 @@ def weights(plan: Plan, operands: Arrays, t: np.ndarray, size: np.ndarray) -> We
         near = there & (np.abs(np.where(there, above, np.inf)) < reach)
         unsure = unselected | (near.any(-1) & (a[..., 0] > STEEP))
     total = np.where(alive, u.sum(-1), 1.0)[..., None]
-    return Weights(p, u, total, residual, t, a, unselected, unsure)
+    apart = np.where(alive, np.broadcast_to(shared, (*alive.shape, 1))[..., 0], 0.0)
+    residual = residual + np.where(a == 0, 1.0, a)[..., 0] * apart
+    return Weights(p, u, total, residual, t + shared, a, unselected, unsure)
 
 
 def entmax(
