@@ -54,7 +54,7 @@ from pallas_attn.testing.numerics import (
 )
 from pallas_attn.tiled.operands import Wanted
 from pallas_attn.triton.entmax import route
-from pallas_attn.triton.entmax.lists import passes as over_lists
+from pallas_attn.triton.entmax.lists import candidates, passes as over_lists
 
 
 everywhere = pytest.mark.parametrize("implementation", implementations())
@@ -628,6 +628,31 @@ def test_sparsity_counts_zeros_among_visible_pairs(normalizer, implementation):
     assert_formula(shares.zero_weights, zero)
     if implementation in ("xla", "reference"):
         assert_zero(shares.skipped_blocks)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "lifted"),
+    [
+        ("entmax 1.5", 1e4),  # its largest keys; others near the bound have no weight
+        ("entmax 1.5 top 8", 1.0),
+        ("entmax learned top 8", 1e4),
+    ],
+)
+def test_keys_that_a_bound_lost_are_collected_again(
+    normalizer, lifted, monkeypatch, retraced
+):
+    """As where a score that is computed again is rounded to below its row's bound."""
+    monkeypatch.setattr(route, "LONG", 1)
+    bound_of = candidates.bound_of
+
+    def too_high(*operands):
+        bound, need = bound_of(*operands)
+        return bound + lifted, need
+
+    monkeypatch.setattr(candidates, "bound_of", too_high)
+    case = Case("dense-1NTS", "causal lengths GQA", (), normalizer)
+    got = gradients(case.sample(), **options(kernel_implementation()))
+    assert_formula(got, true_gradients(case))
 
 
 @pytest.mark.parametrize("fits", [pytest.param(True, marks=pytest.mark.whole), False])

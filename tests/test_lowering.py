@@ -107,10 +107,9 @@ SPILLING = {
         (90, "output"): 72,
         (100, "output"): 408,
     },
-    # returns at once where no row has more candidates than its list holds
+    # 0 on sm_90; not timed
     "entmax 1.5 top 33, sum, causal, T1024 H64 bfloat16": {
-        (80, "list_again"): 152,
-        (100, "list_again"): 784,
+        (100, "list_candidates"): 336,
     },
     "none, dropout, T1024 H128 bfloat16": {(90, "cols"): 72},  # not timed
     # every kind of mask at once: a few bytes over the limit, and not timed
@@ -228,7 +227,7 @@ def test_a_shipped_choice_fits(case, arch):
         seen = known.get((arch, name), 0)
         if record.shared > SHARED_LIMIT[arch]:
             excess.append(f"{found}: {record.shared} bytes of shared memory")
-        if name.endswith("_again"):  # runs where NaN came out, and need not be fast
+        if name.endswith("_again"):  # rarely runs, and need not be fast
             continue
         if record.spills > max(SPILLS, seen):
             excess.append(f"{found}: spills {record.spills} bytes")

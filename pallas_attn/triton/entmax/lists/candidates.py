@@ -101,19 +101,11 @@ def bound_of(
     depth = power.reach(level) * ((1 + ROUNDING) / call.scale)
     need = jnp.ones_like(depth)
     if call.top_k is not None:
-        depth = narrowed(depth, below, call.top_k)
-        # not of `tops` beside `bound`: both and `below` have no place in registers
-        need = jnp.minimum(count_within(depth, below), call.top_k)
+        depth, need = narrowed(depth, below, call.top_k)
     bound = slots.m - depth * (1 + ROUNDING) - jnp.abs(slots.m) * ROUNDING
     bound = jnp.maximum(bound, lowest(call.scale))
     known = (slots.m - slots.m == 0) & (bound == bound)
     return jnp.where(known, bound, jnp.inf), jnp.where(known, need, 0.0).astype(i32)
-
-
-def count_within(depth: jax.Array, below: list[jax.Array]) -> jax.Array:
-    """How many slots of each row lie no further below the largest, float32."""
-    inside = [jnp.sum((x <= depth[:, None]).astype(f32), 1) for x in below]
-    return inside[0] + inside[1]
 
 
 def above_all(bound: jax.Array) -> Take:
@@ -121,17 +113,24 @@ def above_all(bound: jax.Array) -> Take:
     return lambda x, _: ~(x < bound[:, None])
 
 
-def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
+def narrowed(
+    depth: jax.Array, below: list[jax.Array], k: int
+) -> tuple[jax.Array, jax.Array]:
     """The least depth, nearly, in which there are k slots; all of it if there are not.
 
-    below: how far slots lie below the largest. Halved are not depths but their bits:
-    scores may lie 1 apart, or 1e9 where a bias hides keys.
+    And how many of the k there are. Halved are not depths but their bits: scores may
+    lie 1 apart, or 1e9 where a bias hides keys.
+
+    below: how far slots lie below the largest.
     """
 
     def count(bits: jax.Array) -> jax.Array:
-        return count_within(lax.bitcast_convert_type(bits, f32), below)
+        depth = lax.bitcast_convert_type(bits, f32)[:, None]
+        inside = [jnp.sum((x <= depth).astype(f32), 1) for x in below]
+        return inside[0] + inside[1]
 
     start = lax.bitcast_convert_type(jnp.minimum(depth, 3e38), i32)
+    there = count(start)
 
     def half(_: Index, ends: Ends) -> Ends:
         low, high = ends
@@ -142,9 +141,10 @@ def narrowed(depth: jax.Array, below: list[jax.Array], k: int) -> jax.Array:
     def search() -> jax.Array:
         found = lax.fori_loop(0, 15, half, (jnp.zeros_like(start), start))[1]
         found = lax.bitcast_convert_type(found, f32)
-        return jnp.where(count(start) >= k, found, depth)
+        return jnp.where(there >= k, found, depth)
 
-    return lax.cond(jnp.max(count(start)) > k, search, lambda: depth)
+    depth = lax.cond(jnp.max(there) > k, search, lambda: depth)
+    return depth, jnp.minimum(there, k)
 
 
 def blocks_above(
