@@ -76,7 +76,7 @@ def sums(scores: Array, places: Array, added: Added, region: Region) -> Logits:
             t = t + part
     visible = places & weighty(t + shift)
     fine = jnp.isfinite(shift)
-    t = poisoned(t, ~fine & visible)
+    t = poisoned(t, ~fine & visible.any(3, keepdims=True))
     return Logits(t, visible, jnp.where(fine, shift, 0))
 
 

@@ -22,6 +22,7 @@ from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.triton.co_alibi.forward import forward_kernel
 from pallas_attn.triton.co_alibi.operands import (
     Cols,
+    Counted,
     Forward,
     Gradients,
     Operands,
@@ -112,18 +113,17 @@ def _forward(
     grid = grid_of(call, "forward", p)
     rows = outline((call.B, call.N, call.T), f32)
     per_block = (call.B, call.N, grid.blocks)
-    apart = rows if exact(call) else None
+    counted = None
+    if exact(call):
+        counted = Counted(inside=rows, log_sum=rows, right=rows, right_low=rows)
     outputs = Forward(
         base=rows,
+        counted=counted,
         first=outline(per_block, i32),
         gates=rows,
         gates_low=rows,
-        inside=apart,
-        log_sum=apart,
         lse=rows,
         o=outline((call.B, call.T, call.N, call.h), ops.q.dtype),
-        right=apart,
-        right_low=apart,
         visits=outline((*per_block, 2), i32),
     )
     ones = triangles(call, p.block_k, flip=False)
@@ -159,10 +159,7 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradie
         delta,
         dlse,
         res.first,
-        inside=res.inside,
-        right=res.right,
-        right_low=res.right_low,
-        log_sum=res.log_sum,
+        res.counted,
     )
     outputs = Gradients(
         cols=Cols(dk=like(ops.k), dv=like(ops.v), visits=_visits(call, "cols", p)),

@@ -205,14 +205,15 @@ def cols_kernel(
 
 
 def _log_sum(t: Tile, saved: Saved) -> jax.Array | None:
-    return None if saved.log_sum is None else t.stat(saved.log_sum)
+    return None if saved.counted is None else t.stat(saved.counted.log_sum)
 
 
 def _reference(t: Tile, saved: Saved, base: jax.Array) -> Reference | None:
-    if saved.right is None or saved.right_low is None or saved.inside is None:
+    counted = saved.counted
+    if counted is None:
         return None
-    right = t.stat(saved.right), t.stat(saved.right_low)
-    return Reference(base, t.stat(saved.inside), right)
+    right = t.stat(counted.right), t.stat(counted.right_low)
+    return Reference(base, t.stat(counted.inside), right)
 
 
 def _visitors(first: Ref, t: Tile, j: Index, ratio: int) -> Range:

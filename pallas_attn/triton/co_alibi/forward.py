@@ -157,17 +157,15 @@ def _put_reference(
     t: Tile, out: Forward, slope: Slope, u: Reference, l: jax.Array
 ) -> None:
     """Store each row's reference, and the sum of the weights that count from it."""
-    assert out.inside is not None
-    assert out.right is not None
-    assert out.right_low is not None
-    assert out.log_sum is not None
+    counted = out.counted
+    assert counted is not None
     dead = l == 0
     log_sum, exponent = jnp.log2(l), u.exponent(slope, t.call.scale * LOG2E)
     t.put_stat(out.base, jnp.where(dead, jnp.inf, u.score))
-    t.put_stat(out.inside, u.inside)
-    t.put_stat(out.right, u.right[0])
-    t.put_stat(out.right_low, u.right[1])
-    t.put_stat(out.log_sum, jnp.where(dead, 0.0, log_sum))
+    t.put_stat(counted.inside, u.inside)
+    t.put_stat(counted.right, u.right[0])
+    t.put_stat(counted.right_low, u.right[1])
+    t.put_stat(counted.log_sum, jnp.where(dead, 0.0, log_sum))
     t.put_stat(out.lse, jnp.where(dead, jnp.inf, exponent + log_sum))
 
 

@@ -28,19 +28,31 @@ class Operands:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Counted:
+    """The key that the weights of each row count from, where sums are exact.
+
+    inside, right: see `scan.Reference`; right_low: what `right` was rounded by.
+    log_sum: log2 of the sum of the weights that count from it.
+    """
+
+    inside: Float[Array, "B N T"]
+    log_sum: Float[Array, "B N T"]
+    right: Float[Array, "B N T"]
+    right_low: Float[Array, "B N T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Forward:
     """What the forward pass makes; see `Residuals`."""
 
     base: Float[Array, "B N T"]
+    counted: Counted | None
     first: Int[Array, "B N query_blocks"]
     gates: Float[Array, "B N T"]
     gates_low: Float[Array, "B N T"]
-    inside: Float[Array, "B N T"] | None = None
-    log_sum: Float[Array, "B N T"] | None = None
     lse: Float[Array, "B N T"]
     o: Float[Array, "B T N h"]
-    right: Float[Array, "B N T"] | None = None
-    right_low: Float[Array, "B N T"] | None = None
     visits: Int[Array, "B N query_blocks 2"]
 
 
@@ -86,10 +98,7 @@ class Residuals:
     gates_low: Float[Array, "B N T"]
     first: Int[Array, "B N query_blocks"]
     visits: Int[Array, "B N query_blocks 2"]
-    inside: Float[Array, "B N T"] | None = None
-    right: Float[Array, "B N T"] | None = None
-    right_low: Float[Array, "B N T"] | None = None
-    log_sum: Float[Array, "B N T"] | None = None
+    counted: Counted | None
 
 
 @jax.tree_util.register_dataclass
@@ -100,8 +109,7 @@ class Saved:
     base: the exponent that weights count from, log2, +inf for empty rows.
     gates, gates_low: the sum of a row's gates, and its rounding error.
         Where sums are exact: q.k of the key that weights count from.
-    inside, right, right_low: of that key, see `Reference`; None: sums are not exact.
-    log_sum: log2 of the sum of the weights that count from it; None: base has it.
+    counted: of that key; None: sums are not exact, and base has the sum of weights too.
     first: the first key block that a query block of the forward pass visited.
     start: the first batch entry and key head of a group; None: there is one group.
     """
@@ -113,8 +121,5 @@ class Saved:
     delta: Float[Array, "B N T"]
     dlse: Float[Array, "B N T"] | None
     first: Int[Array, "B N query_blocks"]
+    counted: Counted | None
     start: Int[Array, " 2"] | None = None
-    inside: Float[Array, "B N T"] | None = None
-    right: Float[Array, "B N T"] | None = None
-    right_low: Float[Array, "B N T"] | None = None
-    log_sum: Float[Array, "B N T"] | None = None
