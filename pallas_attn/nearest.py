@@ -35,15 +35,17 @@ def from_nearest(
     if arrays.placed or not beyond or not linear:
         return problem, None
     dtype, keys = call.accumulator, jnp.full((1,), call.S, jnp.int32)
+    # scores and shift both have a gradient for it: they are added up in this dtype
+    wide = {id(term): term.slopes.astype(dtype) for term in linear}
     last = (keys if arrays.key_lengths is None else arrays.key_lengths) - 1
     queries, _ = positions(call, arrays)
     nearest = jnp.clip(queries, 0, last[:, None, None])
     far = jnp.abs((queries - nearest).astype(dtype))
-    slopes = sum((term.slopes.astype(dtype) for term in linear), jnp.zeros((), dtype))
+    slopes = sum(wide.values(), jnp.zeros((), dtype))
     shift = -slopes[..., None] * far
     near = last[:, None].astype(dtype)
     terms = (
-        NearALiBi(term.slopes, near) if type(term) is ALiBi else term
+        NearALiBi(wide[id(term)], near) if id(term) in wide else term
         for term in added.terms
     )
     return replace(problem, bias=Added(tuple(terms), added.products)), shift

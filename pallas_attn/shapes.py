@@ -109,7 +109,8 @@ def flattened(
     """An array of `rank` axes behind its leading ones, these as one.
 
     Leading axes may be 1 or full each, or left out from the left. If none is full the
-    result has a leading 1; a partly shared set is written out.
+    result has a leading 1; a partly shared set is written out, of 16-bit numbers in
+    float32, for there their gradients add up.
     """
     full = len(leading) + rank
     shape = (1,) * (full - x.ndim) + x.shape[max(x.ndim - full, 0) :]
@@ -117,6 +118,8 @@ def flattened(
     if all(n == 1 for n in front):
         return x.reshape((1, *rest))
     if front != leading:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
+            x = x.astype(jnp.float32)
         x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
     if len(leading) > 1:
         _front_alone(x, len(leading))

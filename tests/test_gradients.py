@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_attn
-from pallas_attn.testing.cases import Case, cases, KINDS
+from pallas_attn.testing.cases import Case, cases, KINDS, Sample
 from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
@@ -93,6 +93,30 @@ def test_a_narrow_shared_bias_is_summed_in_float32(implementation):
     bias = sum(x.operands["bias"] for x in drawn)
     bias = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bias)
     sample = replace(drawn[0], operands={**drawn[0].operands, "bias": bias})
+    options = {"implementation": implementation, "config": SMALL, **EXACT}
+    _, got = gradients(sample, **options)
+    assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
+
+
+@pytest.mark.parametrize("implementation", [*implementations(), "reference"])
+@pytest.mark.parametrize("form", [(2, 1), (1, 3)], ids=str)
+def test_a_narrow_field_of_some_leading_axes_is_summed_in_float32(form, implementation):
+    """Of every home: it is written out, and the copies' gradients are rounded once."""
+    T, S, N, H, R = 21, 37, 2, 16, 3
+    rng = np.random.default_rng(11)
+    narrow = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    wide = lambda *shape: jnp.asarray(rng.standard_normal((2, 3, *shape)), jnp.float32)
+    bias = (
+        pallas_attn.ALiBi(abs(narrow(*form, N)))
+        + pallas_attn.FactoredBias(narrow(*form, T, N, R), narrow(*form, S, 1, R))
+        + narrow(*form, N, T, 1)
+        + narrow(*form, 1, T, S)
+    )
+    sample = Sample(
+        {"query": wide(T, N, H), "key": wide(S, N, H), "value": wide(S, N, H),
+         "bias": bias},
+        {}, {}, (wide(T, N, H), wide(T, N)),
+    )  # fmt: skip
     options = {"implementation": implementation, "config": SMALL, **EXACT}
     _, got = gradients(sample, **options)
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])

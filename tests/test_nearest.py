@@ -9,8 +9,15 @@ import pytest
 
 import pallas_attn
 from pallas_attn import ALiBi, Bias, Entmax, head_home, Softmax
-from pallas_attn.testing.evaluate import implementations, small
-from pallas_attn.testing.numerics import BESIDE_REFERENCE
+from pallas_attn.testing.cases import Sample
+from pallas_attn.testing.evaluate import (
+    EXACT,
+    gradients,
+    implementations,
+    small,
+    truth,
+)
+from pallas_attn.testing.numerics import assert_rounded_once, BESIDE_REFERENCE
 
 
 T, S, H = 21, 53, 16
@@ -89,6 +96,22 @@ def test_nor_does_it_round_a_term_of_ones_own_by_tiles(
     want = results(S, call, "reference", dtype, NORMALIZERS[normalizer])
     # 2^20 times what rounding left of a row of dS is a slope's: not compared
     close(got(Away(slopes))[:-1], want(ALiBi(slopes))[:-1], dtype)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_narrow_slope_has_its_gradient_rounded_once(implementation):
+    """Scores and what is left out of them both have one for it."""
+    rng, N = np.random.default_rng(3), 16
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v = draw(1, T, N, H), draw(1, S, N, H), draw(1, S, N, H)
+    slopes = jnp.asarray(abs(rng.standard_normal(N)), jnp.bfloat16)
+    sample = Sample(
+        {"query": q, "key": k, "value": v, "bias": ALiBi(slopes)},
+        {}, {"query_offset": S - T // 2}, (draw(1, T, N, H), draw(1, T, N)),
+    )  # fmt: skip
+    options = {"implementation": implementation, "config": small("alibi"), **EXACT}
+    _, got = gradients(sample, **options)
+    assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
 
 
 def settings(dtype, **more) -> dict[str, Any]:

@@ -16,6 +16,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         571230,  # a NaN value that all rows of one key head see, and showed in none
         580110,  # values of width 1: of 0 / 0 XLA for CPU made 0, and NaN was hidden
         580616,  # float64: -1e9 of a whole row, which rounded the truth, nor this
+        610025,  # a narrow slope, its gradient in two parts that were rounded each
         200349,  # no batch entry, but gates that each would share
     ),
     "kernels": (
@@ -34,6 +35,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         342238,  # a batch entry without a query, whose window began at a NaN key
         532317,  # a tanh, off by two units and more: not the library's
         551982,  # bfloat16, alpha 1.9: a weight of 1e-4 too many, whose u was 0.4
+        381041,  # narrow slopes of one leading axis of two: rounded before their sum
         550048,  # dS below float16's normal numbers, nor this
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere
