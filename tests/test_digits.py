@@ -24,6 +24,7 @@ from pallas_attn.testing.evaluate import (
     gradients,
     implementations,
     SMALL,
+    small,
     SMALL_CONTEXTUAL,
     SMALL_ENTMAX,
     truth,
@@ -179,13 +180,28 @@ def test_a_weight_of_1_is_1_in_every_pass(bias, causal, implementation):
     assert_formula(by_head(*gradients(drawn, **options)), by_head(*truth(drawn)))
 
 
+ONLY_KEY = {
+    "softmax": Softmax(),
+    "entmax 1.25": Entmax(1.25),
+    "entmax 1.5": Entmax(1.5),
+    "entmax 2.0": Entmax(2.0),
+    "entmax learned": Entmax(jnp.asarray([1.0, 1.3, 1.6, 2.0])),
+    "entmax 1.5 top 8": Entmax(1.5, top_k=8),
+}
+
+
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("normalizer", ONLY_KEY)
 @pytest.mark.parametrize("level", [-9984.0, -1.1e9, -3e11])
+@pytest.mark.at_most(12)
 def test_what_a_whole_row_has_leaves_its_only_key_all_weight(
-    level, dtype, implementation
+    level, normalizer, dtype, implementation
 ):
-    """A row's own -1e12 beside a key's -9984: float32 has no room for their sum."""
+    """A row's own -1e12 beside a key's -9984: float32 has no room for their sum.
+
+    Nor is there room for an entmax threshold beside a key's -3e11.
+    """
     rng = np.random.default_rng(3)
     query, key, value, do = (
         jnp.asarray(rng.standard_normal((1, 37, 4, 80)), dtype) for _ in range(4)
@@ -196,8 +212,9 @@ def test_what_a_whole_row_has_leaves_its_only_key_all_weight(
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return dot_product_attention(
-            query, key, value, bias, local_window_size=0, config=SMALL,
-            implementation=implementation,
+            query, key, value, bias, local_window_size=0,
+            config=small("dense", normalizer), implementation=implementation,
+            normalizer=ONLY_KEY[normalizer],
         )  # fmt: skip
 
     output, back = jax.vjp(attend, query, key, value)

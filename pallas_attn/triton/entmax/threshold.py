@@ -42,6 +42,9 @@ i32 = jnp.int32
 Tops = tuple[jax.Array, jax.Array]
 
 # Of one score, an array, or a tuple of such.
+# Bounds are lowered by this share of the numbers that they come from: rounding.
+ROUNDING = 1e-6
+
 Parts = TypeVar("Parts")
 
 
@@ -109,13 +112,16 @@ def above_threshold(
     power: Power | Learned,
     words: int,
 ) -> jax.Array:
-    """The bits of the key blocks that hold a score above the threshold of its row."""
+    """The bits of the key blocks that hold a score above the threshold of its row.
+
+    Told as weights are, from the row's largest: beside -1e9 float32 has no threshold.
+    """
     m, sweep = slots.m, slots.sweep.above(slots.m, level, grains, power)
-    least = m - power.reach(level) / sweep.t0.call.scale
+    reach = power.reach(level) * ((1 + ROUNDING) / sweep.t0.call.scale)
 
     def look(t: Tile, bits: jax.Array) -> jax.Array:
         x, row, _ = sweep.scores(t)
-        above = power.functions.relu(x - (least - row)[:, None])
+        above = power.functions.relu(x - (m - row)[:, None] + reach[:, None])
         return mark(bits, t.k0 // i32(t.bk), jnp.sum(above, 1))
 
     bits = sweep.near_loop(look, jnp.zeros((words,), i32))

@@ -27,7 +27,7 @@ from pallas_attn.triton.entmax.lists.operands import Bounds, Candidates, Words
 from pallas_attn.triton.entmax.lists.pairs import row_tile, scatter_listed
 from pallas_attn.triton.entmax.power import fuses, power_of
 from pallas_attn.triton.entmax.sweep import Sweep, sweep_of
-from pallas_attn.triton.entmax.threshold import fill, slot_level, Slots
+from pallas_attn.triton.entmax.threshold import fill, ROUNDING, slot_level, Slots
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.programs import key_runs, side_of
 from pallas_attn.triton.pruning import Grains, largest_scores
@@ -40,9 +40,6 @@ from pallas_attn.types import Index, Range, Ref, State
 
 f32 = jnp.float32
 i32 = jnp.int32
-
-# Bounds are lowered by this share of the numbers that they come from: rounding.
-ROUNDING = 1e-6
 
 # How often the bound of a row that lost keys to rounding is lowered.
 TRIES = 6
