@@ -259,7 +259,7 @@ def _bias(bias: Bias, sizes: Sizes, place: Place) -> Added | Bias:
         return _added(bias, sizes, place)
     fields = check_bias.tiled("bias", bias, sizes)
     for name, home in homes(bias).items():
-        flat = flattened(fields[name], sizes.leading, RANKS[home])
+        flat = flattened(fields[name], sizes.leading, RANKS[home], place.dtype)
         fields[name] = flat.astype(place.dtype)
     return dataclasses.replace(bias, **fields)
 
@@ -270,7 +270,7 @@ def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:
     def flat(x: Array, rank: int) -> Array:
         if x.dtype == jnp.float64:
             x = x.astype(place.dtype)
-        return flattened(x, sizes.leading, rank)
+        return flattened(x, sizes.leading, rank, place.dtype)
 
     def sides(product: tuple[Array, Array]) -> tuple[Array, Array]:
         a, b = (flat(side, 3) for side in product)

@@ -104,13 +104,17 @@ def spelled(rule: list[Axis]) -> str:
 
 
 def flattened(
-    x: Shaped[Array, "*#leading_and_rest"], leading: tuple[int, ...], rank: int
+    x: Shaped[Array, "*#leading_and_rest"],
+    leading: tuple[int, ...],
+    rank: int,
+    wide: Any = None,
 ) -> Shaped[Array, "#B *rest"]:
     """An array of `rank` axes behind its leading ones, these as one.
 
     Leading axes may be 1 or full each, or left out from the left. If none is full the
-    result has a leading 1; a partly shared set is written out, of 16-bit numbers in
-    float32, for there their gradients add up.
+    result has a leading 1; a partly shared set is written out.
+
+    wide: the dtype to write it out in, where its gradients add up; None: its own.
     """
     full = len(leading) + rank
     shape = (1,) * (full - x.ndim) + x.shape[max(x.ndim - full, 0) :]
@@ -118,8 +122,7 @@ def flattened(
     if all(n == 1 for n in front):
         return x.reshape((1, *rest))
     if front != leading:
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-            x = x.astype(jnp.float32)
+        x = x if wide is None else x.astype(wide)
         x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
     if len(leading) > 1:
         _front_alone(x, len(leading))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_attn.bias.base import Added, at_least_float32, Bias, homes
+from pallas_attn.bias.base import Added, Bias, homes
 from pallas_attn.call import Call, NO_WEIGHT
 from pallas_attn.positions import within
 
@@ -101,13 +101,13 @@ def taken(values: list[Array]) -> Bool[Array, "#B #N #T #S"]:
     return functools.reduce(jnp.logical_or, [x <= NO_WEIGHT for x in (*values, whole)])
 
 
-def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
-    """A field in float32 at least, 0 where no place that is True reads it.
+def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str, dtype: Any) -> Array:
+    """A field in the dtype of scores, 0 where no place that is True reads it.
 
     So that NaN there reaches neither a score nor, as 0 * NaN, a gradient. Widened
     first: what many places add to the gradient of one entry is rounded once.
     """
-    x = x.astype(at_least_float32(x))
+    x = x.astype(dtype)
     match home:
         case "query":  # [#B, T, #N, ...]
             by = jnp.swapaxes(places.any(3), 1, 2)
@@ -122,12 +122,12 @@ def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str) -> Array:
     return jnp.where(by, x, jnp.zeros((), x.dtype))
 
 
-def seen_added(places: Bool[Array, "#B #N T S"], added: Added) -> Added:
-    """All fields and factors of a bias, 0 where no place that is True reads them."""
+def seen_added(places: Bool[Array, "#B #N T S"], added: Added, dtype: Any) -> Added:
+    """All fields and factors of a bias, as `seen` has each."""
 
     def term(t: Bias) -> Any:
         fields = {
-            name: seen(places, getattr(t, name), home)
+            name: seen(places, getattr(t, name), home, dtype)
             for name, home in homes(t).items()
         }
         return dataclasses.replace(t, **fields)
@@ -135,7 +135,7 @@ def seen_added(places: Bool[Array, "#B #N T S"], added: Added) -> Added:
     return Added(
         tuple(term(t) for t in added.terms),
         tuple(
-            (seen(places, a, "query"), seen(places, b, "key"))
+            (seen(places, a, "query", dtype), seen(places, b, "key", dtype))
             for a, b in added.products
         ),
     )

@@ -98,27 +98,46 @@ def test_a_narrow_shared_bias_is_summed_in_float32(implementation):
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
 
 
-@pytest.mark.parametrize("implementation", [*implementations(), "reference"])
-@pytest.mark.parametrize("form", [(2, 1), (1, 3)], ids=str)
-def test_a_narrow_field_of_some_leading_axes_is_summed_in_float32(form, implementation):
-    """Of every home: it is written out, and the copies' gradients are rounded once."""
+def shared_by(form, dtype, narrow):
+    """Fields of every home, narrower than the operands, in a form of two batch axes."""
     T, S, N, H, R = 21, 37, 2, 16, 3
     rng = np.random.default_rng(11)
-    narrow = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-    wide = lambda *shape: jnp.asarray(rng.standard_normal((2, 3, *shape)), jnp.float32)
+    draw = lambda *shape: rng.standard_normal(shape)
+    field = lambda *shape: np.asarray(draw(*form, *shape), narrow)
+    wide = lambda *shape: np.asarray(draw(2, 3, *shape), dtype)
     bias = (
-        pallas_attn.ALiBi(abs(narrow(*form, N)))
-        + pallas_attn.FactoredBias(narrow(*form, T, N, R), narrow(*form, S, 1, R))
-        + narrow(*form, N, T, 1)
-        + narrow(*form, 1, T, S)
+        pallas_attn.ALiBi(abs(field(N)))
+        + pallas_attn.FactoredBias(field(T, N, R), field(S, 1, R))
+        + pallas_attn.DenseBias(field(N, T, 1))
+        + pallas_attn.DenseBias(field(1, T, S))
     )
-    sample = Sample(
+    return Sample(
         {"query": wide(T, N, H), "key": wide(S, N, H), "value": wide(S, N, H),
          "bias": bias},
         {}, {}, (wide(T, N, H), wide(T, N)),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", [*implementations(), "reference"])
+@pytest.mark.parametrize("form", [(2, 1), (1, 3)], ids=str)
+def test_a_narrow_field_of_some_leading_axes_is_summed_in_float32(form, implementation):
+    """Of every home: it is written out, and the copies' gradients are rounded once."""
+    sample = shared_by(form, np.float32, jnp.bfloat16)
     options = {"implementation": implementation, "config": SMALL, **EXACT}
     _, got = gradients(sample, **options)
+    assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("form", [(1, 1), (2, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("narrow", [np.float32, jnp.bfloat16], ids=["float32", "bf16"])
+def test_a_narrow_field_of_a_float64_call_is_summed_in_float64(
+    narrow, form, implementation
+):
+    sample = shared_by(form, np.float64, narrow)
+    with jax.enable_x64(True):
+        evaluate = jax.jit(with_gradients({}, implementation=implementation))
+        _, got = evaluate(sample.operands, {}, sample.cotangents)
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
 
 

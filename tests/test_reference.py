@@ -104,10 +104,13 @@ def test_nan_where_nobody_looks(kind, situation, backward):
     places = jnp.broadcast_to(places, (1, 1, call.T, call.S))
     homes = ("query", "key", "key")
     ones = lambda tree: jax.tree.map(jnp.ones_like, tree)
-    read = [seen(places, ones(x), home) for x, home in zip(arrays, homes, strict=True)]
+    read = [
+        seen(places, ones(x), home, x.dtype)
+        for x, home in zip(arrays, homes, strict=True)
+    ]
     ones_of_bias = ones(bias)
     if isinstance(bias, Added):  # Co-ALiBi has numbers per head alone: all are read
-        ones_of_bias = seen_added(places, ones_of_bias)
+        ones_of_bias = seen_added(places, ones_of_bias, call.accumulator)
     read = (*read, ones_of_bias)
     rows = places.any(3)[:, 0, :, None]
     do, dlse = sample.cotangents

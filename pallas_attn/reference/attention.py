@@ -85,7 +85,7 @@ def bias_cotangents(problem: Problem, row: Rows, dt: Float[Array, "B N T S"]) ->
 
     def bias(added: Added) -> Array:
         zero = jnp.zeros(dt.shape, dt.dtype)
-        return sum(seen_added(row.visible, added).on(here), zero)
+        return sum(seen_added(row.visible, added, dt.dtype).on(here), zero)
 
     assert isinstance(problem.bias, Added)
     return jax.vjp(bias, problem.bias)[1](dt)[0]
@@ -131,7 +131,7 @@ def rows(problem: Problem) -> Rows:
     q, k, v = widened(problem)
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
     q, k, v = seen_operands(visible, q, k, v)
-    t, _ = _logits(q, k, seen_added(visible, added), visibility, call)
+    t, _ = _logits(q, k, seen_added(visible, added, q.dtype), visibility, call)
     return softmax(q, k, v, visible, t, visibility, call)
 
 
@@ -151,7 +151,9 @@ def seen_operands(
     places: Bool[Array, "#B #N T S"], q: Array, k: Array, v: Array
 ) -> tuple[Array, Array, Array]:
     """Query, key and value, 0 where no place that is True reads them."""
-    return seen(places, q, "query"), seen(places, k, "key"), seen(places, v, "key")
+    operands = ((q, "query"), (k, "key"), (v, "key"))
+    q, k, v = (seen(places, x, home, x.dtype) for x, home in operands)
+    return q, k, v
 
 
 def softmax(

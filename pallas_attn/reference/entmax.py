@@ -136,7 +136,7 @@ def rows(problem: Problem) -> tuple[Rows, Float[Array, "B N T S"]]:
     assert isinstance(problem.bias, Added)
     row = attention.rows(problem)
     here = region(problem.visibility, call)
-    values = seen_added(row.visible, problem.bias).on(here)
+    values = seen_added(row.visible, problem.bias, here.dtype).on(here)
     t = jnp.where(row.visible, sum(values, scores(row.q, row.k, call)), -jnp.inf)
     t = jnp.where(largest(lax.stop_gradient(t), normalizer.top_k), t, -jnp.inf)
 

@@ -23,6 +23,10 @@ import numpy as np
 # numbers and sums over rows, about 40 u = 2.4e-6. A wrong formula errs by over 1e-3.
 FORMULA = 1e-5
 
+# float64 beside float64, and the unit of float32.
+DOUBLE = 1e-10
+FLOAT32 = 2.0**-23
+
 # Two computations that round in different places err differently by a factor of about
 # sqrt(2); a backward of seven products has more such places than a forward of two.
 OUTPUT_RATIO = 2.0
@@ -126,13 +130,15 @@ def assert_rounded_once(got: Any, want: Any) -> None:
     """Narrow leaves: every entry within half a unit of float64, and `FORMULA` of all.
 
     So that a sum was taken in float32: of n entries that are each rounded first, it is
-    off by about sqrt(n) half units of one of them.
+    off by about sqrt(n) half units of one of them. A float32 leaf is that of a float64
+    call, within `DOUBLE` of all.
     """
     leaves = jax.tree_util.tree_leaves_with_path(got)
     wrong = {}
     for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True):
         x, y, eps = _float64(x), _float64(y), float(jnp.finfo(x.dtype).eps)
-        half = eps / 2 * np.abs(y) + FORMULA * np.abs(y).max()
+        others = FORMULA if eps > FLOAT32 else DOUBLE
+        half = eps / 2 * np.abs(y) + others * np.abs(y).max()
         if not (worst := float((np.abs(x - y) / half).max())) <= 1 + eps:
             name = jax.tree_util.keystr(path) or "the result"
             wrong[name] = f"{worst:.2f} times half a unit"

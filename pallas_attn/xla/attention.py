@@ -210,13 +210,13 @@ def _attend(
     assert keys is not None
     region = Region(queries[..., :, None], keys[..., None, :], key.dtype)
     places = allowed(call, visibility)
-    added = seen_added(places, added)
+    added = seen_added(places, added, key.dtype)
     terms = [term for term in added.terms if has_tile(term)]
     if terms or added.products:
         values = lax.stop_gradient(added.on(region))
         places = places & ~taken(values)
         if len(values) > 1:  # where one takes a key away, another may be NaN
-            added = seen_added(places, added)
+            added = seen_added(places, added, key.dtype)
     q = jnp.swapaxes(query.astype(key.dtype), 1, 2)
     lost = ~jnp.isfinite(q).all(3, keepdims=True)  # [B, N, T, 1]
     q = jnp.where(lost, 0, q).reshape(call.B, call.K, -1, call.H)
