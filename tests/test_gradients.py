@@ -102,9 +102,9 @@ def shared_by(form, dtype, narrow):
     """Fields of every home, narrower than the operands, in a form of two batch axes."""
     T, S, N, H, R = 21, 37, 2, 16, 3
     rng = np.random.default_rng(11)
-    draw = lambda *shape: rng.standard_normal(shape)
-    field = lambda *shape: np.asarray(draw(*form, *shape), narrow)
-    wide = lambda *shape: np.asarray(draw(2, 3, *shape), dtype)
+    draw = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape), dtype)
+    field = lambda *shape: draw((*form, *shape), narrow)
+    wide = lambda *shape: draw((2, 3, *shape), dtype)
     bias = (
         pallas_attn.ALiBi(abs(field(N)))
         + pallas_attn.FactoredBias(field(T, N, R), field(S, 1, R))
@@ -122,7 +122,7 @@ def shared_by(form, dtype, narrow):
 @pytest.mark.parametrize("form", [(2, 1), (1, 3)], ids=str)
 def test_a_narrow_field_of_some_leading_axes_is_summed_in_float32(form, implementation):
     """Of every home: it is written out, and the copies' gradients are rounded once."""
-    sample = shared_by(form, np.float32, jnp.bfloat16)
+    sample = shared_by(form, jnp.float32, jnp.bfloat16)
     options = {"implementation": implementation, "config": SMALL, **EXACT}
     _, got = gradients(sample, **options)
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
@@ -130,12 +130,12 @@ def test_a_narrow_field_of_some_leading_axes_is_summed_in_float32(form, implemen
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("form", [(1, 1), (2, 1), (1, 3)], ids=str)
-@pytest.mark.parametrize("narrow", [np.float32, jnp.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])
 def test_a_narrow_field_of_a_float64_call_is_summed_in_float64(
     narrow, form, implementation
 ):
-    sample = shared_by(form, np.float64, narrow)
     with jax.enable_x64(True):
+        sample = shared_by(form, jnp.float64, narrow)
         evaluate = jax.jit(with_gradients({}, implementation=implementation))
         _, got = evaluate(sample.operands, {}, sample.cotangents)
     assert_rounded_once(got["bias"], truth(sample)[1]["bias"])
