@@ -31,22 +31,26 @@ def from_nearest(
     """
     call, arrays, added = problem.call, problem.visibility, as_terms(problem.bias)
     beyond = call.passes_keys or (lengths and arrays.key_lengths is not None)
-    linear = [term for term in added.terms if type(term) is ALiBi]
+    linear = any(type(term) is ALiBi for term in added.terms)
     if arrays.placed or not beyond or not linear:
         return problem, None
     dtype, keys = call.accumulator, jnp.full((1,), call.S, jnp.int32)
-    # scores and shift both have a gradient for it: they are added up in this dtype
-    wide = {id(term): term.slopes.astype(dtype) for term in linear}
     last = (keys if arrays.key_lengths is None else arrays.key_lengths) - 1
     queries, _ = positions(call, arrays)
     nearest = jnp.clip(queries, 0, last[:, None, None])
     far = jnp.abs((queries - nearest).astype(dtype))
-    slopes = sum(wide.values(), jnp.zeros((), dtype))
+    # widened first: what scores and shift give a slope's gradient is rounded once
+    terms = [
+        replace(term, slopes=term.slopes.astype(dtype)) if type(term) is ALiBi else term
+        for term in added.terms
+    ]
+    slopes = sum(
+        (term.slopes for term in terms if type(term) is ALiBi), jnp.zeros((), dtype)
+    )
     shift = -slopes[..., None] * far
     near = last[:, None].astype(dtype)
     terms = (
-        NearALiBi(wide[id(term)], near) if id(term) in wide else term
-        for term in added.terms
+        NearALiBi(term.slopes, near) if type(term) is ALiBi else term for term in terms
     )
     return replace(problem, bias=Added(tuple(terms), added.products)), shift
 
