@@ -18,6 +18,8 @@ import pytest
 from pallas_attn import (
     ALiBi,
     Bias,
+    Block,
+    Config,
     DenseBias,
     dot_product_attention,
     Entmax,
@@ -63,7 +65,7 @@ everywhere_and_dense = pytest.mark.parametrize(
 )
 alphas = pytest.mark.parametrize("alpha", ALPHAS)
 
-SPARSE = [name for name in NORMALIZERS if name != "softmax"]
+SPARSE = [name for name in NORMALIZERS if name.startswith("entmax")]
 MET_BIASES = ("none", "alibi", "dense-1NTS", "factored", "sum", "saturating", "dense")
 MET_SITUATIONS = (
     "causal",
@@ -122,7 +124,7 @@ def with_operands(sample, **operands):
     return dataclasses.replace(sample, operands={**sample.operands, **operands})
 
 
-def weights_of(scores, normalizer, implementation):
+def weights_of(scores, normalizer, implementation, **changed):
     """(P [T, S], residual [T]) of logits: those of a bias, and the values are eye."""
     rows, cols = scores.shape
     zero = lambda n: jnp.zeros((n, 1, 16), scores.dtype)
@@ -133,7 +135,7 @@ def weights_of(scores, normalizer, implementation):
         scores,
         normalizer=normalizer,
         return_residual=True,
-        **options(implementation),
+        **options(implementation) | changed,
     )
     return output[:, 0], residual[:, 0]
 
@@ -157,6 +159,34 @@ def in_numpy(scores, alpha, top_k):
         low = np.where(total >= 1, middle, low)
         high = np.where(total < 1, middle, high)
     return np.maximum(x - low[:, None], 0) ** (1 / a), low
+
+
+# Rows of which a bound finds many more than k keys: [S] from the index of a key.
+CROWDED = {
+    "all but the last are equal": lambda j: np.where(j == j[-1], 2.0, 1.0),
+    "the largest come last": lambda j: np.where(j == j[-1], -1.0, -2e3 + j / 64),
+    "the largest come first": lambda j: np.where(j == 0, -1.0, -2e3 - j / 64),
+    "three largest of two sizes": lambda j: np.where(j % 73 == 44, 0.9, j % 2 * 0.6),
+}
+
+
+@pytest.mark.at_most(4)
+@pytest.mark.parametrize("top_k", [2, 8])
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128])
+@pytest.mark.parametrize("row", CROWDED)
+def test_more_keys_than_a_list_has_room_for(row, block_k, top_k):
+    """A list drops no key that is among the largest, in blocks of any size."""
+    keys = np.arange(197)
+    scores = jnp.array(np.stack([CROWDED[row](keys)] * 5), jnp.float32)
+    block = Block(32, block_k)
+    for alpha in (1.0, 2.0):
+        got = weights_of(
+            scores,
+            Entmax(alpha, top_k),
+            kernel_implementation(),
+            config=Config(forward=block, rows=block, cols=block),
+        )
+        assert_formula(got, in_numpy(scores, alpha, top_k))
 
 
 @pytest.mark.at_most(4)

@@ -39,6 +39,8 @@ KEPT: dict[str, tuple[int, ...]] = {
         551982,  # bfloat16, alpha 1.9: a weight of 1e-4 too many, whose u was 0.4
         381314,  # entmax of a row whose every key has -1e9: no block had a threshold
         381041,  # narrow slopes of one leading axis of two: rounded before their sum
+        602304,  # top_k: more keys near the k-th than lists hold, in blocks of 64
+        602779,  # the same, of keys that gates of -6e4 took: the largest was lost
         550048,  # dS below float16's normal numbers, nor this
         7,  # a key that a bias takes away, NaN in it
         1221,  # the largest key alone, whose score was rounded otherwise elsewhere

@@ -225,11 +225,15 @@ def list_again_kernel(
     program: Program,
     plan: Plan,
     cut: Block,
+    most: int,
 ) -> None:
-    """Collects again for blocks of queries of which one lost keys, or has too many."""
+    """Collects again for blocks of queries of which one lost keys, or has too many.
+
+    most: the keys that a list has room for.
+    """
     t0 = row_tile(ops.sight, call, cut, program)
     keys, need = t0.stat(lists.keys, 0), t0.stat(bounds.need, 0)
-    k, most, nothing = call.top_k, out.words.shape[-1], lambda: i32(0)
+    k, nothing = call.top_k, lambda: i32(0)
 
     def again() -> jax.Array:
         scores = sweep_of(t0, ops, plan).whole
@@ -237,7 +241,8 @@ def list_again_kernel(
         bound, found = lowered(t0, scores, bound, m, need, keys, out)
         if k is None:  # who reads the lists looks whether all keys have room
             return i32(0)
-        fewer = functools.partial(raised, t0, scores, bound, m, k, found, out)
+        ends = (bound, m)
+        fewer = functools.partial(raised, t0, scores, ends, k, most, found, out)
         return lax.cond(jnp.max(found) > most, fewer, nothing)
 
     wrong = jnp.max(need - keys) > 0
@@ -287,9 +292,9 @@ def finite_size(x: jax.Array) -> jax.Array:
 def raised(
     t0: Tile,
     scores: Scores,
-    bound: jax.Array,
-    m: jax.Array,
+    ends: Ends,
     k: int,
+    most: int,
     keys: jax.Array,
     out: Words,
 ) -> jax.Array:
@@ -297,8 +302,10 @@ def raised(
 
     They rise, bit by bit, until there are at least k and at most as many as a list
     holds; where more than that are equal, the first of them by key index.
+
+    ends: of each row the bound so far, and the largest score.
     """
-    runs, most = key_runs(t0), out.words.shape[-1]
+    runs, (bound, m) = key_runs(t0), ends
     every = jnp.full(keys.shape, t0.call.S, i32)
 
     def inside(x: jax.Array, t: Tile, low: jax.Array, end: jax.Array) -> jax.Array:

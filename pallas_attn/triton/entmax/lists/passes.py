@@ -166,6 +166,7 @@ def candidates(
         block,
         into=out.lists,
         plan=p,
+        most=length,
     )
     return replace(out, **vars(redone))
 
