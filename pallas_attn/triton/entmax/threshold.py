@@ -114,14 +114,16 @@ def above_threshold(
 ) -> jax.Array:
     """The bits of the key blocks that hold a score above the threshold of its row.
 
-    Told as weights are, from the row's largest: beside -1e9 float32 has no threshold.
+    Or within rounding of it: beside -1e9 float32 has no threshold but m itself.
     """
     m, sweep = slots.m, slots.sweep.above(slots.m, level, grains, power)
     reach = power.reach(level) * ((1 + ROUNDING) / sweep.t0.call.scale)
 
     def look(t: Tile, bits: jax.Array) -> jax.Array:
         x, row, _ = sweep.scores(t)
-        above = power.functions.relu(x - (m - row)[:, None] + reach[:, None])
+        least = m - reach - (jnp.abs(m) + jnp.abs(row)) * ROUNDING
+        least = jnp.where(m < jnp.inf, least, jnp.inf)
+        above = power.functions.relu(x - (least - row)[:, None])
         return mark(bits, t.k0 // i32(t.bk), jnp.sum(above, 1))
 
     bits = sweep.near_loop(look, jnp.zeros((words,), i32))
