@@ -1,6 +1,13 @@
 """Attention with biases, in Pallas: one function, forward and backward."""
 
-from pallas_attn.api import dot_product_attention, Sparsity, sparsity, Visited, visited
+from pallas_attn.api import (
+    attention_weights,
+    dot_product_attention,
+    Sparsity,
+    sparsity,
+    Visited,
+    visited,
+)
 from pallas_attn.bias.alibi import ALiBi, alibi_slopes, linear_alibi_slopes
 from pallas_attn.bias.base import Bias, head_home, key_home, pair_home, query_home, Sum
 from pallas_attn.bias.builders import (
@@ -35,6 +42,7 @@ __all__ = [
     "Visited",
     "alibi_factors",
     "alibi_slopes",
+    "attention_weights",
     "co_alibi_slopes",
     "dot_product_attention",
     "head_home",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload, Unpack
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -14,6 +16,7 @@ from pallas_attn.canonical import canonical, Request
 from pallas_attn.checks import options as check
 from pallas_attn.implementations import functions_of
 from pallas_attn.placement.run import run
+from pallas_attn.problem import Problem, sink_of
 
 
 class Visited(NamedTuple):
@@ -229,8 +232,87 @@ def attended(given: Request, return_residual: bool) -> Any:
     else:
         attend = functions_of(given.implementation, problem.family).attend
         made = run(attend, given, 2 if return_residual else 1)
+    if return_residual:
+        made = made[0], without_padding(made[1], problem)
     led = tuple(x.reshape(*sizes.leading, *x.shape[1:]) for x in made)
     return led if return_residual else led[0]
+
+
+def without_padding(
+    residual: Float[Array, "B T N"], problem: Problem
+) -> Float[Array, "B T N"]:
+    """Residuals; what is at or beyond `query_seq_lengths` is no row and has no sink."""
+    lengths = problem.visibility.query_lengths
+    if lengths is None or sink_of(problem) is None:
+        return residual
+    rows = jnp.arange(residual.shape[1], dtype=lengths.dtype)
+    inside = rows[None] < lengths[:, None]
+    return jnp.where(inside[..., None], residual, -jnp.inf)
+
+
+@takes_options
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    bias: Bias | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **options: Unpack[Options],
+) -> Float[Array, "*B N T S"]:
+    """The dense weights of a call, for plots and for interpretability.
+
+        output = weights v
+
+    An array of [T, S] for each head, which `dot_product_attention` never forms: it is
+    computed by products of full precision, whatever `implementation` and `precision`
+    say, and differentiable.
+
+    Takes the arguments of `dot_product_attention`, and raises what it raises; there is
+    no value.
+
+    Returns:
+        [*B, N, T, S], float32 (float64 where the query is): 0 where a query may not
+        attend, and in all of a row that sees no key. Rows add up to 1, or to less where
+        a sink takes some or where dropout, which is part of it, has a rate.
+
+    Example:
+        >>> import jax, pallas_attn
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 2, 97, 8, 64))
+        >>> weights = pallas_attn.attention_weights(q, k, is_causal=True)
+        >>> weights.shape, bool((abs(weights.sum(-1) - 1) < 1e-5).all())
+        ((2, 8, 97, 97), True)
+    """
+    return weights_of(canonical(query, key, key, bias, mask, **options))
+
+
+def weights_of(given: Request, *, dropped: bool = True) -> Float[Array, "*B N T S"]:
+    """The weights of a call: its output, where each key's value is its own axis.
+
+    Args:
+        given: The call; its value is not read.
+        dropped: Whether dropout, if the call has any, is part of them.
+    """
+    sizes, problem = given.sizes, given.problem
+    dtype = jnp.dtype(problem.call.accumulator)
+    if sizes.empty:
+        return jnp.zeros((*sizes.leading, sizes.N, sizes.T, sizes.S), dtype)
+    call = replace(
+        problem.call, h=sizes.S, dtype=dtype.name, precision=lax.Precision.HIGHEST
+    )
+    visibility = problem.visibility
+    if not dropped:
+        call, visibility = replace(call, dropout=0.0), replace(visibility, seed=None)
+    axes = jnp.eye(sizes.S, dtype=dtype)[None, :, None, :]
+    problem = replace(
+        problem,
+        query=problem.query.astype(dtype),
+        key=problem.key.astype(dtype),
+        value=jnp.broadcast_to(axes, (sizes.B, sizes.S, sizes.K, sizes.S)),
+        visibility=visibility,
+        call=call,
+    )
+    given = given._replace(problem=problem, implementation="xla")
+    (made,) = run(functions_of("xla", problem.family).attend, given, 1)
+    return jnp.swapaxes(made, 1, 2).reshape(*sizes.leading, sizes.N, sizes.T, sizes.S)
 
 
 @takes_options
@@ -279,9 +361,9 @@ def sparsity(
     """How sparse the weights of a call are, and what that saves.
 
     Takes the arguments of `dot_product_attention`, and raises what it raises. Weights
-    themselves are never returned, but a key's follows from the thresholds:
-    `return_residual=True` gives tau [B, T, N], and with a = alpha - 1 key j has weight
-    where a t_ij > tau_i, namely (a t_ij - tau_i)^(1/a).
+    themselves are those of `attention_weights`; and a key's follows from the
+    thresholds: `return_residual=True` gives tau [B, T, N], and with a = alpha - 1 key j
+    has weight where a t_ij > tau_i, namely (a t_ij - tau_i)^(1/a).
 
     Returns:
         `Sparsity(zero_weights, skipped_blocks)`, float32 [B, N] each: of the visible

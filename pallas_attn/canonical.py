@@ -25,7 +25,7 @@ from pallas_attn.config import Config
 from pallas_attn.implementations import current_device, Implementation, resolve
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
-from pallas_attn.problem import Problem
+from pallas_attn.problem import Problem, sink_of
 from pallas_attn.shapes import flattened, Sizes
 from pallas_attn.visibility import positions, Visibility
 
@@ -48,6 +48,9 @@ class Request(NamedTuple):
     @property
     def residual_of_nothing(self) -> Float[Array, "#B 1 #N"]:
         """The residual of a query that sees no key."""
+        sink = sink_of(self.problem)
+        if sink is not None:
+            return sink[:, None, :]
         is_lse = jnp.atleast_2d(jnp.asarray(self.problem.normalizer.residual_is_lse))
         residual = jnp.where(is_lse, -jnp.inf, jnp.inf)[:, None, :]
         return residual.astype(self.problem.call.accumulator)
@@ -146,9 +149,12 @@ def canonical(
 
 
 def _normalizer(given: Softmax | Entmax, sizes: Sizes, dtype: Any) -> Softmax | Entmax:
-    """What is softmax by another name as that; a learned alpha as [1, N]."""
+    """What is softmax by another name as that; its array as [#B, N]."""
     if isinstance(given, Softmax):
-        return given
+        if given.sink is None:
+            return given
+        sink = check.sink(given.sink, sizes)
+        return Softmax(flattened(sink, sizes.leading, 1, dtype).astype(dtype))
     alpha, top_k = check.alpha(given.alpha, sizes), given.top_k
     top_k = None if top_k is None or top_k >= sizes.S else int(top_k)
     if not isinstance(alpha, int | float):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
 from pallas_attn.visibility import Visibility
 
@@ -52,7 +54,7 @@ def axes_of(problem: Problem) -> list[Axes]:
         Axes("key", "BSKH"),  # pyright: ignore[reportArgumentType]
         Axes("value", "BSKh"),  # pyright: ignore[reportArgumentType]
         _of_bias(problem.bias),
-        jax.tree.map(lambda _: Axes("normalizer.alpha", "BN"), problem.normalizer),
+        _of_normalizer(problem.normalizer),
         _of_visibility(problem.visibility),
         problem.call,
     )
@@ -62,6 +64,12 @@ def axes_of(problem: Problem) -> list[Axes]:
 def leaves(problem: Problem) -> list[tuple[Any, Axes]]:
     """Every array of a problem with its axes."""
     return list(zip(jax.tree.leaves(problem), axes_of(problem), strict=True))
+
+
+def _of_normalizer(normalizer: Softmax | Entmax) -> Any:
+    """Its one array, where it has any."""
+    name = "sink" if isinstance(normalizer, Softmax) else "alpha"
+    return jax.tree.map(lambda _: Axes(f"normalizer.{name}", "BN"), normalizer)
 
 
 def _of_bias(bias: Added | Bias) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_attn.bias.alibi import ALiBi, NearALiBi
 from pallas_attn.bias.base import Added
-from pallas_attn.problem import as_terms, Problem
+from pallas_attn.problem import as_terms, Problem, sink_of
 from pallas_attn.visibility import positions
 
 
@@ -18,21 +18,23 @@ def from_nearest(
 ) -> tuple[Problem, Float[Array, "#B #N T"] | None]:
     """A problem whose ALiBi counts from the nearest key, and what that leaves out.
 
-    All keys of a query share it, so that weights do not see it. A query 2^20 beyond
-    has scores of 1e6 and more, of which float32 rounds the differences, and each tile
-    its own; of the rest no number is larger than the keys are many.
+    All keys of a query share it, so that weights do not see it, unless there is a sink.
+    A query 2^20 beyond has scores of 1e6 and more, of which float32 rounds the
+    differences, and each tile its own; of the rest no number is larger than the keys
+    are many.
 
     Args:
         problem: With implicit positions or not.
         lengths: Whether queries past `key_lengths` count as beyond all keys.
 
     Returns:
-        The problem as it is, and None, where no query stands beyond all keys.
+        The problem as it is, and None, where no query stands beyond all keys, or where
+        weights see it.
     """
     call, arrays, added = problem.call, problem.visibility, as_terms(problem.bias)
     beyond = call.passes_keys or (lengths and arrays.key_lengths is not None)
     linear = any(type(term) is ALiBi for term in added.terms)
-    if arrays.placed or not beyond or not linear:
+    if arrays.placed or not beyond or not linear or sink_of(problem) is not None:
         return problem, None
     dtype, keys = call.accumulator, jnp.full((1,), call.S, jnp.int32)
     last = (keys if arrays.key_lengths is None else arrays.key_lengths) - 1

@@ -19,6 +19,12 @@ def as_terms(bias: Added | Bias) -> Added:
     return bias if isinstance(bias, Added) else Added((bias,))
 
 
+def sink_of(problem: Problem) -> Float[Array, "#B #N"] | None:
+    """The score that every row has beside those of its keys, if it has one."""
+    normalizer = problem.normalizer
+    return normalizer.sink if isinstance(normalizer, Softmax) else None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Problem:
@@ -32,8 +38,8 @@ class Problem:
         value: [B, S, K, h], of the same dtype.
         bias: What is added to the scores, or a bias of its own family, such as
             Co-ALiBi with slopes [#B, #N].
-        normalizer: How scores become weights. An alpha that is an array is [#B, #N], in
-            the dtype of sums; what is softmax by another name is `Softmax()`.
+        normalizer: How scores become weights. An array of it is [#B, #N], in the dtype
+            of sums; what is softmax by another name is `Softmax()`.
         visibility: The arrays that decide who may attend to whom.
         call: The static facts.
     """

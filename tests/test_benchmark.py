@@ -43,6 +43,8 @@ FORGETTING = Term("forget")
 # shape, peer, ratios of forward and forward + backward
 PROMISED = {
     "B1 N16 T4096 H128 causal, no bias": ("cudnn", 1.10, 1.15),
+    "B1 N16 T4096 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
+    "B1 N16 T16384 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
     "B1 N16 T4096 H128 causal, ALiBi": ("cudnn", 0.70, 0.64),
     "B1 N16 T16384 H128 causal, ALiBi": ("cudnn", 0.37, 0.34),
     "B1 N16 T4096 H128 causal, ALiBi + factored R8": ("cudnn", 1.05, 0.84),
@@ -96,6 +98,7 @@ SMALL = (
     small("shared", bias=(Term("dense", shared=True),)),
     small("co-alibi", K=2, causal=True, bias=(CO_ALIBI,), peer=None),
     small("forget", K=2, causal=True, bias=(FORGETTING,)),
+    small("sink", causal=True, sink=True, peer="no-sink"),
 )
 SMALL_STEP = StepCase(
     "gpt",
@@ -170,10 +173,10 @@ def test_memory_is_promised_where_an_implementation_could_need_much():
 def test_a_peer_computes_the_case(case, attend):
     """By jax.nn's other backend, which runs anywhere."""
     inputs = draw(case, jax.random.key(1))
-    attend = functools.partial(attend, causal=case.causal, backend="xla")
+    its = lambda *x: attend(*x[:4], causal=case.causal, backend="xla")
     with jax.default_matmul_precision("highest"):
         want = jax.jit(ours(case, "reference").both)(inputs)
-        assert_formula(jax.jit(Side(attend).both)(inputs), want)
+        assert_formula(jax.jit(Side(its).both)(inputs), want)
 
 
 def test_a_case_scales_its_queries_and_chooses_a_config(monkeypatch):
@@ -214,7 +217,7 @@ def test_a_concatenation_is_filled_to_eight_columns(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
     case = small("factored", bias=(FACTORED,))
-    query, key, value, bias, _ = draw(case, jax.random.key(0))
+    query, key, value, bias = draw(case, jax.random.key(0))[:4]
     assert isinstance(bias, FactoredBias)
     output = peers.concatenation(query, key, value, bias, causal=False)
     assert widths == [24, 24, 24]
@@ -362,6 +365,7 @@ def test_errors_are_of_the_output_and_every_gradient(run):
         "shared": always | {"bias"},
         "co-alibi": always | {"slopes"},
         "forget": always | {"log_gate"},
+        "sink": always | {"sink"},
     }
     for result in results:
         for side in result["errors"].values():
@@ -421,8 +425,8 @@ def test_a_case_is_lost_where_the_peer_is_faster_or_a_target_is_missed():
 def test_progress_and_the_platform_are_said(run):
     text = run[1]
     assert ("CPU cases only" in text) != measure.on_gpu()
-    assert "compiled 37 of 37 programs" in text
-    assert all(f"[{i}/5] {case.name}: " in text for i, case in enumerate(SMALL, 1))
+    assert "compiled 45 of 45 programs" in text
+    assert all(f"[{i}/6] {case.name}: " in text for i, case in enumerate(SMALL, 1))
 
 
 def test_a_peer_without_the_bias_is_judged_by_its_own_truth(monkeypatch, tmp_path):
@@ -527,7 +531,7 @@ def test_gates_run_from_a_half_to_all_but_a_thousandth():
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 39
+    assert len(report.selected(CASES, [], "gpu")) == 41
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -196,6 +196,7 @@ def weights(case, implementation, **dropout):
     [
         ("alibi", "softmax"),
         ("co_alibi", "softmax"),
+        ("alibi", "sink"),
         ("none", "entmax 1.5"),
         ("none", "entmax learned top 8"),
     ],

@@ -182,7 +182,8 @@ def test_rounding_to_nearest_is_allowed(seed, chosen):
 
 @pytest.mark.parametrize("normalizer", [None, (1.5, None)])
 def test_noise_leaves_the_residual_of_empty_rows_and_moves_the_others(normalizer):
-    plan = changed(draw(310666, "xla"), {"normalizer": normalizer})
+    facts = {"normalizer": normalizer, "sink": None}
+    plan = changed(draw(310666, "xla"), facts)
     elements = Elements(plan, "normal", 0)
     want = elements.joined(elements.truths())["residual"]
     finite = np.isfinite(want)

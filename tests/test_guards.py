@@ -32,9 +32,10 @@ CASES = [
     Case(bias, situation, (), normalizer).at(**SIZES)
     for bias, situation, normalizer in [
         ("dense", "mask BNTS", "softmax"),
+        ("sum", "causal GQA", "sink"),
         ("saturating", "causal segments", "softmax"),
         ("factored-float32 R20", "causal window lengths", "softmax"),
-        ("co_alibi", "all at once", "softmax"),
+        ("co_alibi", "all at once", "sink"),
         ("alibi", "lengths", "entmax 1.5"),
         ("sum-three dense", "causal", "entmax learned top 8"),
         ("none", "full", "entmax 2.0"),  # through lists too

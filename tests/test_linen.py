@@ -618,7 +618,6 @@ REFUSED: dict[str, Any] = {
         {}, {"mask": jnp.full((1, 1, T, T), -100.0).at[..., 0].set(0)},
         ValueError, "`mask` must be bool, .* from -100.0 on",
     ),
-    "sow": ({}, {"sow_weights": True}, NotImplementedError, "`sow_weights`"),
     "both_inputs": (
         {}, {"inputs_k": jnp.ones((B, S, F)), "inputs_kv": jnp.ones((B, S, F))},
         ValueError, "`inputs_kv` excludes",

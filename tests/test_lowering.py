@@ -80,6 +80,12 @@ SPILLING = {
         (80, "cols"): 28444,
         (100, "cols"): 68,
     },
+    "sink, co_alibi, causal, T1024 H64 bfloat16": {  # as without a sink
+        (90, "cols"): 268,
+        (80, "rows"): 960,
+        (80, "cols"): 28444,
+        (100, "cols"): 68,
+    },
     "co_alibi, causal, T1024 H128 bfloat16": {
         (80, "forward"): 188,
         (80, "rows"): 2396,
@@ -121,6 +127,7 @@ SPILLING = {
 SERIALISED = {
     ("entmax 1.5, dense-1NTS, causal, T1024 H64 bfloat16", 90, "rows"),
     ("none, soft cap, T1024 H64 bfloat16", 90, "cols"),
+    ("sink, none, causal, T1024 H64 bfloat16", 90, "cols"),  # so it is without a sink
 }
 
 

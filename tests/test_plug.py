@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import jax
@@ -405,7 +406,6 @@ def test_steps_that_need_none_or_have_some_run(options):
 
 
 REFUSED: dict[str, Any] = {
-    "module": ({}, {"module": nn.Dense(1)}, NotImplementedError, "`module` cannot"),
     "dot_general": (
         {}, {"einsum_dot_general": jax.lax.dot_general},
         NotImplementedError, "`einsum_dot_general` cannot",
@@ -442,13 +442,30 @@ def test_refusals_name_the_argument(refused):
         plug(**options)(q, q, q, **given)
 
 
-def test_layers_that_ask_for_weights_are_refused(getkey):
+def test_layers_keep_the_weights_that_flax_keeps(getkey):
+    """In the same place, of linen and nnx, before dropout; outputs stay as they are."""
+    x = jax.random.normal(getkey(), (B, T, F))
+    variables = linen().init(getkey(), x)
+    (output, kept), (_, want) = (
+        linen(fn).apply(variables, x, sow_weights=True, mutable=["intermediates"])
+        for fn in (plug(), None)
+    )
+    assert_formula(kept["intermediates"], want["intermediates"])
+    assert_same_bits(output, linen(plug()).apply(variables, x))
+    ours, theirs = nnx_layer(plug()), nnx_layer(None)
+    with warnings.catch_warnings():  # newer releases of flax would have `nnx.capture`
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for layer in (ours, theirs):
+            layer(x, sow_weights=True)
+    (got,), (want,) = (
+        jax.tree.leaves(nnx.state(layer, nnx.Intermediate)) for layer in (ours, theirs)
+    )
+    assert_formula(got, want)
+
+
+def test_layers_that_ask_for_einsums_are_refused(getkey):
     x = jnp.ones((B, T, F))
     variables = linen().init(getkey(), x)
-    with pytest.raises(NotImplementedError, match="`module` cannot be honoured"):
-        linen(plug()).apply(variables, x, sow_weights=True)
-    with pytest.raises(NotImplementedError, match="`module` cannot be honoured"):
-        nnx_layer(plug())(x, sow_weights=True)
     einsum = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum,
               "attn_weights_value_einsum_cls": lambda: jnp.einsum}  # fmt: skip
     with pytest.raises(NotImplementedError, match="einsum` cannot be honoured"):

@@ -38,6 +38,7 @@ PUBLIC = [
     "Visited",
     "alibi_factors",
     "alibi_slopes",
+    "attention_weights",
     "co_alibi_slopes",
     "dot_product_attention",
     "head_home",
@@ -66,9 +67,12 @@ LINEN = [
     "WindowRelativePositionBias",
     "as_flax_attention_fn",
 ]
+# Whose arguments are those of `dot_product_attention`.
+TAKERS = ("attention_weights", "sparsity", "visited")
 FUNCTIONS = [
     "alibi_factors",
     "alibi_slopes",
+    "attention_weights",
     "co_alibi_slopes",
     "dot_product_attention",
     "linear_alibi_slopes",
@@ -82,6 +86,7 @@ DOCUMENTED = [(pallas_attn, x) for x in PUBLIC] + [
 ]
 # what has no paper: settings, results, and what others are made of
 UNSOURCED = {
+    "attention_weights",
     "BiasContext",
     "BiasModule",
     "Block",
@@ -192,7 +197,7 @@ def test_every_public_name_is_documented(package, name):
     assert ">>> " in said, "a doctest"
     taken = inspect.signature(getattr(package, name)).parameters
     arguments = set(taken) - {"parent", "name"}  # what every flax module has
-    if name in ("visited", "sparsity"):
+    if name in TAKERS:
         assert "dot_product_attention" in said, "whose arguments they take"
     elif arguments:
         assert "Args:" in said
@@ -211,7 +216,7 @@ def test_functions_say_shapes_errors_and_an_example(name):
     assert ">>> " in said
     assert "Raises:" in said or "raises what it raises" in said
     for parameter in inspect.signature(getattr(pallas_attn, name)).parameters:
-        described = name in ("sparsity", "visited")
+        described = name in TAKERS
         assert described or f" {parameter}: " in said, parameter
 
 

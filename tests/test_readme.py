@@ -228,7 +228,7 @@ def test_biases_of_the_tables_are_public():
     assert set(named) <= set(vars(pallas_attn))
     rows = re.findall(r"^\|.*", section(README, "Which bias for what"), re.MULTILINE)
     advised = set(re.findall(r"\b[A-Z]\w+(?=`|\()", " ".join(rows)))
-    assert {*named, "Bias", "Entmax"} == advised
+    assert {*named, "Bias", "Entmax", "Softmax"} == advised
 
 
 def test_modules_of_the_table_are_public():

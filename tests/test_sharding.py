@@ -148,7 +148,7 @@ def test_an_exported_call_takes_any_batch(implementation):
 
 
 @pytest.mark.parametrize("bias", ["alibi", "sum", "dense-1NTS"])
-@pytest.mark.parametrize("normalizer", ["softmax", "entmax 1.5"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sink", "entmax 1.5"])
 @pytest.mark.parametrize("lengths", ["t t", "t s", "11 s", "t 13"])
 def test_an_exported_call_of_xla_takes_any_lengths(lengths, normalizer, bias):
     sizes = {"T": 11, "S": 11 if lengths == "t t" else 13, "B": 1}
@@ -198,7 +198,12 @@ def test_no_alarm_where_nothing_is_infinite_or_nan(implementation):
 
 @pytest.mark.parametrize(
     ("bias", "normalizer"),
-    [("alibi", "softmax"), ("co_alibi", "softmax"), ("none", "entmax 1.5")],
+    [
+        ("alibi", "softmax"),
+        ("alibi", "sink"),
+        ("co_alibi", "softmax"),
+        ("none", "entmax 1.5"),
+    ],
 )
 def test_a_policy_that_saves_by_name_runs_no_forward_kernel_again(bias, normalizer):
     sample = Case(bias, "causal", (), normalizer).sample()

@@ -88,6 +88,7 @@ def test_16_bits_round_like_xla(implementation, dtype):
     ("bias", "normalizer"),
     [
         ("sum", "softmax"),
+        ("sum", "sink"),
         ("co_alibi", "softmax"),
         ("saturating", "entmax 1.5"),
         ("sum", "entmax learned top 8"),

@@ -60,8 +60,15 @@ ROWS = [
     Row("bias 1NTS", "factored", "learned scale", GROUPED),
     Row("bias B11S", "alibi", "learned"),
     Row("bias BNTS", "sum", "top scale"),
+    Row("segments", "alibi", "sink cap", GROUPED),
+    Row("empty", "co_alibi", "sink"),
+    Row("bias BNTS", "none", "sink dropout"),
 ]
-NORMALIZER = {"learned": "entmax learned", "top": "entmax learned top 8"}
+NORMALIZER = {
+    "learned": "entmax learned",
+    "top": "entmax learned top 8",
+    "sink": "sink",
+}
 
 
 CALLS = [(row, name) for row in ROWS for name in implementations()]
@@ -104,9 +111,11 @@ def test_poison_reaches_nothing(row, implementation):
     clean = replace(sample, operands=operands, conditions=conditions, settings=settings)
     rows = np.swapaxes(places.any(3), 1, 2)
     do, dlse = sample.cotangents
+    # where a row sees no key a sink has what its residual's cotangent has
+    read = rows if normalizer != "sink" else np.ones_like(rows)
     cotangents = (
         jnp.where(rows[..., None], do, bad(do)),
-        jnp.where(rows, dlse, bad(dlse)),
+        jnp.where(read, dlse, bad(dlse)),
     )
     assert not rows.all()
     assert not places.any((1, 2)).all()

@@ -110,6 +110,7 @@ def test_any_number_of_leading_axes(leading, bias, implementation):
     ("bias", "normalizer"),
     [
         ("sum", "softmax"),
+        ("sum", "sink"),
         ("co_alibi", "softmax"),
         ("sum", "entmax 1.5"),
         ("alibi", "entmax 1.5 top 33"),

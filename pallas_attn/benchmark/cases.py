@@ -211,6 +211,28 @@ FORGET_CASES = (
     ),
 )
 
+SINK = Case(
+    name="sink-4k",
+    origin=f"{FROM_CO_ALIBI}; the sinks of gpt-oss (arXiv 2508.10925)",
+    B=1,
+    N=16,
+    T=4096,
+    H=128,
+    causal=True,
+    sink=True,
+    peer="no-sink",
+    target=Target(1.02, 1.02),
+)
+SINK_CASES = (
+    SINK,
+    dataclasses.replace(
+        SINK,
+        name="sink-16k",
+        origin=f"{SINK.origin}; four times its length",
+        T=16384,
+    ),
+)
+
 CASES = (
     Case(
         name="none-4k",
@@ -272,6 +294,7 @@ CASES = (
         peer="cudnn",
         target=Target(0.60, 0.60),
     ),
+    *SINK_CASES,
     *CO_ALIBI_CASES,
     *FORGET_CASES,
     *ENTMAX_CASES,

@@ -24,6 +24,8 @@ from pallas_attn.api import dot_product_attention
 from pallas_attn.benchmark.inputs import Inputs
 from pallas_attn.benchmark.specs import Case
 from pallas_attn.bias.base import Bias, homes, Sum
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Sample:
             self.key(inputs.key),
             self.key(inputs.value),
             self.bias(inputs.bias),
+            self.normalizer(inputs.normalizer),
             self.query(inputs.cotangent),
         )
 
@@ -68,7 +71,12 @@ class Sample:
             "key": self.key(results["key"]),
             "value": self.key(results["value"]),
             "bias": self.bias(results["bias"]),
+            "normalizer": self.normalizer(results["normalizer"]),
         }
+
+    def normalizer(self, x: Softmax | Entmax) -> Softmax | Entmax:
+        """Of a normalizer, or of its gradient: one number per head, if any."""
+        return jax.tree.map(lambda y: _take(y, 0, self.heads), x)
 
     def _term(self, term: Bias) -> Bias:
         def part(home: str, x: Array) -> Array:
@@ -85,7 +93,8 @@ class Sample:
 def sample_of(case: Case) -> Sample:
     """The first and the last key head, and their query heads."""
     slopes = ("alibi", "co_alibi")  # of all batch entries
-    shared = case.B > 1 and any(t.shared or t.kind in slopes for t in case.bias)
+    summed = any(t.shared or t.kind in slopes for t in case.bias) or case.sink
+    shared = case.B > 1 and summed
     key_heads = tuple(sorted({0, case.key_heads - 1}))
     group = case.N // case.key_heads
     return Sample(
@@ -108,28 +117,28 @@ def relative_errors(
     Args:
         case: What was computed.
         inputs: Its arrays; `bias` None for attention without the case's bias.
-        results: "output", and the gradients "query", "key", "value" and "bias".
+        results: "output", and the gradients "query", "key", "value", "bias" and
+            "normalizer".
 
     Returns:
-        A number by leaf: "output", "query", "key", "value", and the bias's fields.
+        A number by leaf: "output", "query", "key", "value", and the bias's fields, and
+        the normalizer's.
     """
     sample, dtype = sample_of(case), jnp.dtype(truth_dtype(case))
     exact = jax.tree.map(lambda x: x.astype(dtype), sample.inputs(inputs))
 
-    def attend(query: Array, key: Array, value: Array, bias: Bias | None) -> Array:
+    def attend(*operands: Any) -> Array:
+        *others, normalizer = operands
         return dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
+            *others,
             is_causal=case.causal,
-            normalizer=case.normalizer,
+            normalizer=normalizer,
             precision=jax.lax.Precision.HIGHEST,
             implementation="xla",
         )
 
-    output, pullback = jax.vjp(attend, *exact[:4])
-    gradients = zip(("query", "key", "value", "bias"), pullback(exact[4]), strict=True)
+    output, pullback = jax.vjp(attend, *exact[:5])
+    gradients = zip(Inputs._fields[:5], pullback(exact.cotangent), strict=True)
     truth = {"output": output, **dict(gradients)}
     measured = jax.tree.leaves(sample.results(results))
     leaves = jax.tree_util.tree_leaves_with_path(truth)

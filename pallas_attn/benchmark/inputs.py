@@ -15,6 +15,8 @@ from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 
 
 # Of the first and the last head, one for all keys.
@@ -22,12 +24,13 @@ GATES = (0.5, 0.999)
 
 
 class Inputs(NamedTuple):
-    """The operands of attention, and the cotangent of its output."""
+    """What attention differentiates, and the cotangent of its output."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
     bias: Bias | None
+    normalizer: Softmax | Entmax
     cotangent: Float[Array, "B T N H"]
 
 
@@ -41,6 +44,7 @@ def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
         key=_normal(seeds[1], keys, case.dtype),
         value=_normal(seeds[2], keys, case.dtype),
         bias=_bias(case, seeds[3]),
+        normalizer=Softmax(_sink(case)) if case.sink else case.normalizer,
         cotangent=_normal(seeds[4], queries, case.dtype),
     )
 
@@ -48,6 +52,11 @@ def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
 def shapes_of(case: Case) -> Inputs:
     """The shapes and dtypes of all arrays, without the arrays."""
     return jax.eval_shape(lambda: draw(case, jax.random.key(0)))
+
+
+def _sink(case: Case) -> Float[Array, " N"]:
+    """Scores as high as those of one key together, for the first head, to all."""
+    return jnp.log(jnp.linspace(1.0, case.T, case.N, dtype=jnp.float32))
 
 
 def _bias(case: Case, seed: PRNGKeyArray) -> Bias | None:

@@ -1,4 +1,4 @@
-"""What ours is timed against: `jax.nn.dot_product_attention` and its two backends."""
+"""What ours is timed against: jax.nn by its two backends, and ours without a sink."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_attn.api import dot_product_attention
 from pallas_attn.bias.base import Bias
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
@@ -102,6 +103,11 @@ def concatenation(
     return output[..., :head_dim]
 
 
+def without_sink(*operands: Any, causal: bool) -> Float[Array, "B T N H"]:
+    """Ours, whose rows have no score but those of their keys."""
+    return dot_product_attention(*operands, is_causal=causal)
+
+
 def _wide(x: Float[Array, "B L N H"], more: Float[Array, "B L N R"]) -> Array:
     width = x.shape[3] + more.shape[3]
     joined = jnp.concatenate([x, more], axis=-1)
@@ -127,5 +133,6 @@ PEERS = {
     "cudnn": Peer("jax.nn cuDNN, no bias", plain, biased=False),
     "cudnn-bias": Peer("jax.nn cuDNN, the same bias", with_bias),
     "cudnn-concatenation": Peer("jax.nn cuDNN, concatenation", concatenation),
+    "no-sink": Peer("ours, no sink", without_sink),
     "xla": Peer("jax.nn xla, the same bias", _xla),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,29 +23,36 @@ from pallas_attn.normalizers.softmax import Softmax
 
 @dataclass(frozen=True)
 class Side:
-    """Ours or the peer: attention of (query, key, value, bias), or without the bias."""
+    """Ours or the peer: (query, key, value, bias, normalizer) -> output.
+
+    A peer's normalizer is softmax, and its bias None unless it is `biased`.
+    """
 
     attend: Callable[..., Array]
+    is_peer: bool = False
     biased: bool = True
 
     def inputs(self, inputs: Inputs) -> Inputs:
         """What it is given of a case's arrays."""
+        if self.is_peer:
+            inputs = inputs._replace(normalizer=Softmax())
         return inputs if self.biased else inputs._replace(bias=None)
 
     def forward(self, inputs: Inputs) -> Array:
         """The output."""
-        return self.attend(*inputs[:4])
+        return self.attend(*inputs[:5])
 
     def both(self, inputs: Inputs) -> dict[str, Any]:
-        """The output, and the gradient of every operand, the bias's fields included."""
-        output, pullback = jax.vjp(self.attend, *inputs[:4])
-        query, key, value, bias = pullback(inputs.cotangent)
+        """The output, and the gradient of every operand, those of pytrees included."""
+        output, pullback = jax.vjp(self.attend, *inputs[:5])
+        query, key, value, bias, normalizer = pullback(inputs.cotangent)
         return {
             "output": output,
             "query": query,
             "key": key,
             "value": value,
             "bias": bias,
+            "normalizer": normalizer,
         }
 
 
@@ -56,10 +62,11 @@ def ours(
     """The public function, as a case calls it, or with another config."""
 
     def attend(*operands: Any) -> Array:
+        *others, normalizer = operands
         return dot_product_attention(
-            *operands,
+            *others,
             is_causal=case.causal,
-            normalizer=case.normalizer,
+            normalizer=normalizer,
             implementation=implementation,
             config=config or case.config,
         )
@@ -73,8 +80,8 @@ def sides(case: Case, implementation: Implementation) -> dict[str, Side]:
     if case.peer is None:
         return both
     peer = PEERS[case.peer]
-    attend = functools.partial(peer.attend, causal=case.causal)
-    return {**both, "peer": Side(attend, peer.biased and bool(case.bias))}
+    attend = lambda *x: peer.attend(*x[:4], causal=case.causal)
+    return {**both, "peer": Side(attend, True, peer.biased and bool(case.bias))}
 
 
 def jobs(case: Case, implementation: Implementation) -> dict[str, Callable[[], Any]]:
@@ -94,12 +101,9 @@ def jobs(case: Case, implementation: Implementation) -> dict[str, Callable[[], A
         del results["cotangent"]
         found[f"{name} forward"] = functools.partial(compiled, side.forward, given)
         found[f"{name} both"] = functools.partial(compiled, side.both, given)
-        own = (
-            case if name == "ours" else dataclasses.replace(case, normalizer=Softmax())
-        )
         found[f"{name} errors"] = functools.partial(
             compiled,
-            functools.partial(relative_errors, own),
+            functools.partial(relative_errors, case),
             given,
             results,
             wide=truth_dtype(case) == "float64",
@@ -116,7 +120,7 @@ def _visited(
         found = visited(
             *inputs[:4],
             is_causal=case.causal,
-            normalizer=case.normalizer,
+            normalizer=inputs.normalizer,
             implementation=implementation,
             config=case.config,
         )

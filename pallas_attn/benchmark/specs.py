@@ -54,6 +54,8 @@ class Case:
         name: By which `bench` selects it.
         origin: The paper or system that the shape is from.
         normalizer: How scores become weights; the peer's is softmax.
+        sink: Whether ours is softmax with a sink, a score of each head, which no peer
+            has.
         query_factor: By which queries are multiplied: larger scores.
         config: Of our kernels; None: the shipped choice.
         peer: A name in `peers.PEERS`, or None where no peer can run.
@@ -71,6 +73,7 @@ class Case:
     causal: bool = False
     bias: tuple[Term, ...] = ()
     normalizer: Softmax | Entmax = Softmax()
+    sink: bool = False
     dtype: str = "bfloat16"
     query_factor: float = 1.0
     config: Config | None = None
@@ -112,6 +115,8 @@ class Case:
                 return "gates 0.5 to 0.999, memories in equal ratios"
 
     def _unusual(self) -> Iterator[str]:
+        if self.sink:
+            yield "a sink"
         if isinstance(self.normalizer, Entmax):
             top_k = self.normalizer.top_k
             yield f"entmax {self.normalizer.alpha}" + (f" top {top_k}" if top_k else "")

@@ -129,6 +129,23 @@ def alpha(x: Any, sizes: Sizes) -> float | Float[Array, " N"]:
     return found
 
 
+def sink(x: Any, sizes: Sizes) -> Float[Array, "*#B N"]:
+    """A score per head, of every leading axis or of none."""
+    found = array("normalizer.sink", x, "a floating array [N] or [#B, N]")
+    floating("normalizer.sink", found, "Cast it: `.astype(jnp.float32)`.")
+    rule, advice = axes("#B N", sizes), "Give one score per head: `jnp.zeros(N)`."
+    if not found.ndim:
+        shape("normalizer.sink", found, rule, advice)
+    shape_from_the_right("normalizer.sink", found, rule, advice)
+    values = known(x)
+    if values is not None and np.isposinf(np.asarray(values, np.float64)).any():
+        raise ValueError(
+            "`normalizer.sink` must be below inf; got inf, beside which no key has "
+            "weight. -inf is a head without a sink."
+        )
+    return found
+
+
 def _within(values: np.ndarray) -> None:
     wrong = values[~((values >= 1) & (values <= 2))]
     if wrong.size:

@@ -230,6 +230,9 @@ def poisoned(
     cotangents["output"] = np.where(dead[..., None], bad(output), output)
     if "residual" in cotangents:
         residual = cotangents["residual"]
+        if plan.sink is not None:  # whose gradient reads what a row without keys has
+            lengths = conditions.get("query_seq_lengths", np.array(plan.T))
+            dead = np.arange(plan.T)[:, None] >= lengths[..., None, None]
         cotangents["residual"] = np.where(dead, bad(residual), residual)
     return operands, cotangents
 

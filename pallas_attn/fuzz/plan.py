@@ -52,6 +52,7 @@ class Plan:
         raw: Whether a dense bias is given as an array.
         order: How positions are drawn.
         normalizer: (alpha, top_k); None: softmax.
+        sink: Of softmax, its shape.
         config: Block sizes.
         transform: One of `TRANSFORMS`.
         residual: Whether it is asked for, and has a cotangent.
@@ -101,6 +102,7 @@ class Plan:
     zero_cotangent: bool
     frozen: float
     constants: bool
+    sink: Sizes | None = None
     maps: tuple[frozenset[str], ...] = ()
     map_sizes: Sizes = ()
     axes: dict[str, int] | None = None
@@ -140,7 +142,8 @@ class Plan:
         """Names of the floating arrays, in the order in which they are drawn."""
         scale = ["scale"] if self.scale_array else []
         alpha = ["alpha"] if self.alpha_array else []
-        return ["query", "key", "value", *self.forms, *scale, *alpha]
+        sink = ["sink"] if self.sink is not None else []
+        return ["query", "key", "value", *self.forms, *scale, *alpha, *sink]
 
     @property
     def conditions(self) -> list[str]:
@@ -177,6 +180,7 @@ PLAIN: dict[str, Any] = {
     "dropout": 0.0,
     "normalizer": None,
     "alpha_array": False,
+    "sink": None,
     "config": None,
     "transform": "jit",
     "residual": False,

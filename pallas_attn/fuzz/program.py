@@ -17,6 +17,7 @@ from pallas_attn.fuzz.elements import Elements, tangents
 from pallas_attn.fuzz.kinds import kind_of
 from pallas_attn.fuzz.plan import Arrays, Plan
 from pallas_attn.normalizers.entmax import Entmax
+from pallas_attn.normalizers.softmax import Softmax
 
 
 # (operands, conditions, cotangents) -> (outputs, gradients or tangents).
@@ -137,7 +138,7 @@ def _added_up(terms: Sequence[Bias]) -> Bias:
 
 
 def _given(plan: Plan, x: dict[str, Any]) -> Given:
-    more = {name: x[name] for name in ("scale", "alpha") if name in x}
+    more = {name: x[name] for name in ("scale", "alpha", "sink") if name in x}
     return x["query"], x["key"], x["value"], _bias(plan, x), more
 
 
@@ -162,6 +163,8 @@ def _caller(plan: Plan, implementation: Any) -> Callable[[Given, Any], Any]:
         if plan.normalizer is not None:
             alpha, top_k = plan.normalizer
             options["normalizer"] = Entmax(more.get("alpha", alpha), top_k)
+        elif plan.sink is not None:
+            options["normalizer"] = Softmax(more["sink"])
         if plan.offset:
             options["query_offset"] = plan.offset
         mask = conditions.pop("mask", None)

@@ -45,8 +45,8 @@ def gradient_gaps(seed: int) -> Iterator[tuple[str, float]]:
             got = truth(plan, moved, conditions)
             sum_of = (got.output * cotangents["output"]).sum()
             if "residual" in cotangents:
-                alive = got.alive
-                sum_of += (got.residual[alive] * cotangents["residual"][alive]).sum()
+                known = np.isfinite(got.residual)
+                sum_of += (got.residual[known] * cotangents["residual"][known]).sum()
             return float(sum_of)
 
         rng = np.random.default_rng(seed)

@@ -126,6 +126,7 @@ def values(
         **{name: (form.shape, form.dtype) for name, form in plan.forms.items()},
         "scale": ((), plan.accumulator),
         "alpha": ((plan.N,), plan.accumulator),
+        "sink": (plan.sink or (), plan.accumulator),
     }
     operands = {}
     for name in plan.operands:
@@ -233,6 +234,9 @@ def _operand(
     if name == "alpha":
         draw = lambda: rng.choice((1.0, 1.5, 2.0, 1.0 + rng.random(), 1.3))
         return np.asarray([draw() for _ in range(plan.N)])
+    if name == "sink":
+        x = 3 * x * (100 if chosen == "big" else 1)
+        return np.round(x) if chosen == "ties" else x
     place, field = name.removeprefix("bias").split(".")
     term = plan.bias[int(place)]
     if field == "log_gate":

@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import default_kernel_init
 from jaxtyping import Array, Float, Int
 
-from pallas_attn.api import attended
+from pallas_attn.api import attended, weights_of
 from pallas_attn.bias.base import terms_of
 from pallas_attn.canonical import canonical
 from pallas_attn.checks import arrays as check
@@ -79,6 +79,8 @@ class MultiHeadAttention(nn.Module):
             of them. While decoding, fields of a value that have as many queries as the
             cache has places are read at the new tokens'.
         normalizer: `Softmax()` or `Entmax(alpha, top_k)`.
+        sink: Whether each head has a learned sink, a score whose value is 0: parameter
+            "sink", [N], 0 at first. Of softmax.
         is_causal: Attend to positions up to the query's; always while decoding.
         local_window_size: An int or (left, right), in positions.
         logits_soft_cap: c > 0: c tanh(q.k / (c sqrt(H))) stands for the product.
@@ -95,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         ValueError: if heads do not divide, an argument is wrong or not read, there is
             no cache to decode with, or it is full.
         TypeError: if a bias is none, or a dtype is wrong.
-        NotImplementedError: if `sow_weights` or an einsum is asked for.
+        NotImplementedError: if an einsum is asked for.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -137,6 +139,7 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     bias: Any = None
     normalizer: Softmax | Entmax = Softmax()
+    sink: bool = False
     is_causal: bool = False
     local_window_size: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
@@ -180,7 +183,9 @@ class MultiHeadAttention(nn.Module):
                 is added to scores is a bias.
             deterministic: No dropout.
             dropout_rng: A key; None: the module's stream "dropout".
-            sow_weights: False: weights are never formed.
+            sow_weights: Keep the dense weights, before dropout, as "attention_weights"
+                of the collection "intermediates": [*B, N, T, S], computed beside the
+                output.
             query_seq_lengths: int32 [*B]; outputs of queries beyond are those of zeros.
                 While decoding: how many of the tokens are not padding.
             key_value_seq_lengths: int32 [*B]; keys beyond are not attended to.
@@ -198,7 +203,7 @@ class MultiHeadAttention(nn.Module):
             [*B, T, out_features].
         """
         inputs_k, inputs_v = _inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
-        self._check(sow_weights)
+        self._check()
         query, key, value = self._projected(inputs_q, inputs_k, inputs_v)
         *batch, T, N, H = query.shape
         S, K = key.shape[-3:-1]
@@ -248,7 +253,7 @@ class MultiHeadAttention(nn.Module):
             key_positions=key_positions,
             query_segment_ids=query_segment_ids,
             key_segment_ids=key_segment_ids,
-            normalizer=self.normalizer,
+            normalizer=self._normalizer(),
             logits_soft_cap=self.logits_soft_cap,
             dropout_rate=rate,
             dropout_rng=rng,
@@ -257,11 +262,26 @@ class MultiHeadAttention(nn.Module):
             implementation=self.implementation,
             config=self.config,
         )
+        if sow_weights:
+            weights = weights_of(call, dropped=False)
+            self.sow("intermediates", "attention_weights", weights)
         x = attended(call, return_residual=False)
         x = spoiled(mask, x)
         if slot is not None:
             x = poisoned(x, slot.homeless[..., None, None])
         return self._out(x, self.out_features or inputs_q.shape[-1])
+
+    def _normalizer(self) -> Softmax | Entmax:
+        if not self.sink:
+            return self.normalizer
+        given = self.normalizer
+        if not isinstance(given, Softmax) or given.sink is not None:
+            raise ValueError(
+                "`sink=True` is a learned sink of `Softmax()`; got `normalizer` "
+                f"{given!r}. Leave one of them out."
+            )
+        zeros = nn.initializers.zeros_init()
+        return Softmax(self.param("sink", zeros, (self.num_heads,), self.param_dtype))
 
     def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Query [*B, T, N, H], key and value [*B, S, K, H]."""
@@ -392,7 +412,7 @@ class MultiHeadAttention(nn.Module):
                 "mask. Write `MultiHeadAttention(..., is_causal=True)`."
             )
 
-    def _check(self, sow_weights: bool) -> None:
+    def _check(self) -> None:
         """Refuses what flax has and no kernel can do, and heads that do not divide."""
         for name in ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"):
             if getattr(self, name) is not None:
@@ -400,11 +420,6 @@ class MultiHeadAttention(nn.Module):
                     f"`{name}` cannot be honoured: the kernels make both products; got "
                     f"{kind(getattr(self, name))}. Leave it None."
                 )
-        if sow_weights:
-            raise NotImplementedError(
-                "`sow_weights` cannot be honoured: weights are never formed; got True. "
-                "Leave it False, or use flax's layer to look at weights."
-            )
         K = self.num_kv_heads
         if K is not None and (K < 1 or self.num_heads % K):
             raise ValueError(

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax import linen as nn, nnx
 from flax.linen.dtypes import promote_dtype as promoted
 from jaxtyping import Array, Float
 
-from pallas_attn.api import attended
+from pallas_attn.api import attended, weights_of
 from pallas_attn.bias.base import as_bias, Bias, has_tile, homes, terms_of, tile_on
 from pallas_attn.canonical import canonical
 from pallas_attn.config import Config
@@ -46,8 +46,9 @@ def as_flax_attention_fn(
 
     The function takes what `flax.linen.MultiHeadDotProductAttention` and
     `flax.nnx.MultiHeadAttention` pass, by name, and raises where it cannot do what is
-    asked: weights are never formed (`sow_weights`), and einsums are not replaced. Masks
-    of any dtype hide where they are 0. Dropout is that of `dot_product_attention`, for
+    asked: einsums are not replaced. `sow_weights` keeps the dense weights, before
+    dropout, where flax's own function does, computed beside the output. Masks of any
+    dtype hide where they are 0. Dropout is that of `dot_product_attention`, for
     `broadcast_dropout` (flax's default) the same in all batch entries and heads. A
     layer's `input_positions` are the positions of queries and of keys.
 
@@ -81,7 +82,7 @@ def as_flax_attention_fn(
         TypeError: if `bias` is a module. The function raises what
             `dot_product_attention` raises.
         ValueError: by the function, if positions are missing, or given twice.
-        NotImplementedError: by the function, if weights or einsums are asked for.
+        NotImplementedError: by the function, if einsums are asked for.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
@@ -127,7 +128,6 @@ def as_flax_attention_fn(
     ) -> Float[Array, "*B T N h"]:
         """Attention as the function was made; `force_fp32_for_softmax` always holds."""
         _refuse_overrides(
-            module=module,
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
@@ -170,6 +170,8 @@ def as_flax_attention_fn(
             implementation=implementation,
             config=config,
         )
+        if module is not None:
+            _sow(module, weights_of(call, dropped=False))
         return attended(call, return_residual=False)
 
     return attention_fn
@@ -179,13 +181,16 @@ def _refuse_overrides(**overrides: Any) -> None:
     for name, x in overrides.items():
         if x is None:
             continue
-        if name == "module":
-            why, instead = "weights are never formed", "Leave sow_weights False."
-        else:
-            why, instead = "the kernels make both products", "Leave it None."
         raise NotImplementedError(
-            f"`{name}` cannot be honoured: {why}; got {kind(x)}. {instead}"
+            f"`{name}` cannot be honoured: the kernels make both products; got "
+            f"{kind(x)}. Leave it None."
         )
+
+
+def _sow(module: Any, weights: Array) -> None:
+    """Keeps weights in a layer, of linen or nnx, that asked for them."""
+    place: Any = "intermediates" if isinstance(module, nn.Module) else nnx.Intermediate
+    module.sow(place, "attention_weights", weights)
 
 
 def _sum(own: Any, given: Any) -> Any:

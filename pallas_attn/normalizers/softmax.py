@@ -13,8 +13,11 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_attn.call import NO_WEIGHT
+from pallas_attn.flax_state import serializable
+from pallas_attn.shown import with_fields
 
 
 LOG2E = math.log2(math.e)
@@ -31,11 +34,16 @@ Exp2 = Callable[[jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Softmax:
-    """P = exp(t - lse), lse = log sum exp t over the visible keys.
+    """P = exp(t - lse), lse = log(exp sink + sum exp t) over the visible keys.
 
     The residual of a call is lse, float32 [B, T, N] in natural units, differentiable.
+
+    Args:
+        sink: Floating [N] or [#B, N], one more score of every row, whose value is 0: it
+            takes weight that no key gets. A leaf with a gradient. None: there is none.
+            A row that sees no key has output 0 and lse = sink.
 
     Example:
         >>> import jax, pallas_attn
@@ -46,15 +54,25 @@ class Softmax:
         >>> lse.shape
         (2, 97, 8)
 
-    Source: Dao et al., FlashAttention (arXiv 2205.14135), for lse and the tiles.
+    Sources: Dao et al., FlashAttention (arXiv 2205.14135), for lse and the tiles; Xiao
+    et al., attention sinks (arXiv 2309.17453), and gpt-oss (arXiv 2508.10925), which
+    learns a score per head.
     """
 
     family: ClassVar[str] = "softmax"
+
+    sink: Float[Array, "*#B N"] | None = None
 
     @property
     def residual_is_lse(self) -> bool:
         """Whether a residual is the log-sum-exp: it is."""
         return True
+
+    def __repr__(self) -> str:
+        return "Softmax()" if self.sink is None else with_fields(self)
+
+
+serializable(Softmax, ["sink"])
 
 
 def lowest(scale: float) -> float:

@@ -26,7 +26,7 @@ from pallas_attn.bias.base import Added
 from pallas_attn.bias.region import Region
 from pallas_attn.call import Call
 from pallas_attn.dropout import dropped, kept_on
-from pallas_attn.problem import Problem
+from pallas_attn.problem import Problem, sink_of
 from pallas_attn.visibility import (
     allowed,
     positions,
@@ -58,6 +58,7 @@ def attend_with_written_backward(
     """`attend`, with the backward of the paper: what the kernels compute, densely.
 
     delta = <do, o> ;  dP = D do v^T ;  dT = P (dP - delta + dlse)
+    dsink = sum over rows of exp(sink - lse) (dlse - delta)
     dS = dT (1 - tanh^2) of the soft cap ;  db = dT, summed to its shape
     dq = scale dS k ;  dk = scale dS^T q ;  dv = (P D)^T do
     """
@@ -73,7 +74,10 @@ def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
     row = rows(problem)
     do, dt = logit_cotangents(row, cotangents, problem.call)
     dbias = bias_cotangents(problem, row, dt)
-    return (cotangent(problem, operand_cotangents(row, do, dt, problem.call), dbias),)
+    operands = operand_cotangents(row, do, dt, problem.call)
+    return (
+        cotangent(problem, operands, dbias, sink_cotangent(problem, row, cotangents)),
+    )
 
 
 attend_with_written_backward.defvjp(forward_with(attend), _backward)
@@ -92,7 +96,7 @@ def bias_cotangents(problem: Problem, row: Rows, dt: Float[Array, "B N T S"]) ->
 
 
 def cotangent(
-    problem: Problem, operands: tuple[Array, Array, Array], bias: Any, alpha: Any = None
+    problem: Problem, operands: tuple[Array, Array, Array], bias: Any, array: Any = None
 ) -> Problem:
     """The cotangent of a problem, of its parts; its integers have none."""
     query, key, value = operands
@@ -102,7 +106,7 @@ def cotangent(
         key=key,
         value=value,
         bias=bias,
-        normalizer=jax.tree.map(lambda _: alpha, problem.normalizer),
+        normalizer=jax.tree.map(lambda _: array, problem.normalizer),
         visibility=jax.tree.map(lambda _: None, problem.visibility),
     )
 
@@ -132,7 +136,7 @@ def rows(problem: Problem) -> Rows:
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
     q, k, v = seen_operands(visible, q, k, v)
     t, _ = _logits(q, k, seen_added(visible, added, q.dtype), visibility, call)
-    return softmax(q, k, v, visible, t, visibility, call)
+    return softmax(q, k, v, visible, t, problem)
 
 
 def widened(
@@ -162,20 +166,23 @@ def softmax(
     v: Float[Array, "B S N h"],
     visible: Bool[Array, "B N T S"],
     t: Float[Array, "B N T S"],
-    visibility: Visibility,
-    call: Call,
+    problem: Problem,
 ) -> Rows:
     """From the logits on, whatever they are made of."""
+    call, sink = problem.call, sink_of(problem)
+    sink = -jnp.inf if sink is None else sink[..., None]
     t = jnp.where(visible, t, -jnp.inf)
     alive = visible.any(3)
-    m = jnp.where(alive, lax.stop_gradient(t).max(3), 0)
+    m = jnp.where(
+        alive, jnp.maximum(lax.stop_gradient(t).max(3), lax.stop_gradient(sink)), 0
+    )
     e = jnp.exp(t - m[..., None])
-    l = jnp.where(alive, e.sum(3), 1)
+    l = jnp.where(alive, e.sum(3) + jnp.exp(sink - m), 1)
     weights = e / l[..., None]
-    keep = kept_on(call, visibility.seed)
+    keep = kept_on(call, problem.visibility.seed)
     output = einsum("BNTS,BSNh->BTNh", dropped(call, keep, weights), v)
     output = jnp.where(jnp.swapaxes(alive, 1, 2)[..., None], output, 0)
-    lse = jnp.where(alive, m + jnp.log(l), -jnp.inf)
+    lse = jnp.where(alive, m + jnp.log(l), sink)
     return Rows(q, k, v, visible, weights, output, jnp.swapaxes(lse, 1, 2), keep)
 
 
@@ -190,6 +197,23 @@ def logit_cotangents(
     dp = dropped(call, row.keep, einsum("BTNh,BSNh->BNTS", do, row.v))
     dt = row.weights * (dp + jnp.swapaxes(dlse - delta, 1, 2)[..., None])
     return do, jnp.where(row.visible, dt, 0)
+
+
+def sink_cotangent(
+    problem: Problem, row: Rows, cotangents: tuple[Array, Array]
+) -> Float[Array, "#B #N"] | None:
+    """That of the sink; None if there is none."""
+    sink = sink_of(problem)
+    if sink is None:
+        return None
+    do, dlse = (x.astype(row.q.dtype) for x in cotangents)
+    alive = jnp.swapaxes(row.visible.any(3), 1, 2)
+    delta = jnp.where(alive, (do * row.output).sum(3), 0)
+    weight = jnp.exp(sink[:, None, :] - row.lse)
+    weight = jnp.where(row.lse == -jnp.inf, 0, weight)
+    whole = (weight * (dlse - delta)).sum(1)
+    shared = [axis for axis in (0, 1) if sink.shape[axis] == 1]
+    return whole.sum(shared, keepdims=True).astype(sink.dtype)
 
 
 def operand_cotangents(

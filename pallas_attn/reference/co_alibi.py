@@ -27,6 +27,7 @@ from pallas_attn.reference.attention import (
     Rows,
     scores,
     seen_operands,
+    sink_cotangent,
     softmax,
     widened,
 )
@@ -71,7 +72,11 @@ def _backward(problem: Problem, cotangents: tuple[Array, Array]) -> Any:
     dm = -(dt * z).sum((2, 3))  # [B, N]
     shared = [axis for axis in (0, 1) if bias.slopes.shape[axis] == 1]
     dm = dm.sum(shared, keepdims=True).astype(bias.slopes.dtype)
-    return (cotangent(problem, operand_cotangents(row, do, ds, call), CoALiBi(dm)),)
+    operands, dsink = (
+        operand_cotangents(row, do, ds, call),
+        sink_cotangent(problem, row, cotangents),
+    )
+    return (cotangent(problem, operands, CoALiBi(dm), dsink),)
 
 
 attend_with_written_backward.defvjp(forward_with(attend), _backward)
@@ -97,7 +102,7 @@ def rows(
     z = lax.cumsum(g, axis=3, reverse=True)
     t = s - _slopes(bias, s.dtype) * z
     visible = places & weighty(lax.stop_gradient(t))
-    return softmax(q, k, v, visible, t, visibility, call), g, z
+    return softmax(q, k, v, visible, t, problem), g, z
 
 
 def _slopes(bias: CoALiBi, dtype: Any) -> Float[Array, "#B #N 1 1"]:

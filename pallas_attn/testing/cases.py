@@ -240,6 +240,11 @@ def learned(top_k: int | None = None) -> Callable[[Array, Shape], Entmax]:
     return sample
 
 
+def sunk(key: Array, s: Shape) -> Softmax:
+    """A sink that takes from little of a row to nearly all of it."""
+    return Softmax(normal(key, s.N) * 3)
+
+
 def _entmax(alpha: float, top_k: int | None = None) -> Callable[[Array, Shape], Entmax]:
     return lambda key, s: Entmax(alpha, top_k)
 
@@ -250,6 +255,7 @@ TOP_K = (1, 3, 8, 33, 99)  # 99: more keys than there are
 # One line per normalizer: (key, shape) -> normalizer.
 NORMALIZERS: dict[str, Callable[[Array, Shape], Any]] = {
     "softmax": lambda key, s: Softmax(),
+    "sink": sunk,
     **{f"entmax {alpha}": _entmax(alpha) for alpha in ALPHAS},
     **{
         f"entmax {alpha} top {k}": _entmax(alpha, k)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.api import dot_product_attention
+from pallas_attn.api import dot_product_attention, without_padding
 from pallas_attn.bias.base import as_bias
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.region import spread
@@ -64,7 +64,7 @@ EXACT: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
 
 def small(bias: str, normalizer: str = "softmax") -> Config:
     """The small blocks of a case, by its names in `BIASES` and `NORMALIZERS`."""
-    if normalizer != "softmax":
+    if normalizer.startswith("entmax"):
         return SMALL_ENTMAX
     return SMALL_CONTEXTUAL if bias.startswith("co_alibi") else SMALL
 
@@ -148,7 +148,8 @@ def written(sample: Sample) -> Any:
     def evaluate(operands: Any, conditions: Any, cotangents: Any) -> Any:
         def attend(operands: Any) -> Any:
             problem = called(**sample.settings, **conditions, **operands).problem
-            return reference_of(problem).attend_with_written_backward(problem)
+            o, lse = reference_of(problem).attend_with_written_backward(problem)
+            return o, without_padding(lse, problem)
 
         primals, pullback = jax.vjp(attend, operands)
         return primals, pullback(cotangents)[0]
@@ -214,7 +215,11 @@ def textbook(
 
 def _weights(t: Array, normalizer: Softmax | Entmax) -> Array:
     if isinstance(normalizer, Softmax):
-        return jax.nn.softmax(t, -1)
+        if normalizer.sink is None:
+            return jax.nn.softmax(t, -1)
+        one = (*t.shape[:-1], 1)
+        sink = jnp.broadcast_to(spread("head", normalizer.sink).astype(t.dtype), one)
+        return jax.nn.softmax(jnp.concatenate([t, sink], -1), -1)[..., :-1]
     alpha = jnp.atleast_1d(jnp.asarray(normalizer.alpha, t.dtype))
     kept = sparse_reference.largest(jax.lax.stop_gradient(t), normalizer.top_k)
     t = jnp.where(kept, t, -jnp.inf)

@@ -37,6 +37,8 @@ CASES = [
         ("saturating", "causal", "softmax"),
         ("co_alibi", "causal", "softmax"),
         ("none", "dropout", "softmax"),
+        ("alibi", "causal", "sink"),
+        ("co_alibi", "causal", "sink"),
         ("none", "causal segments", "softmax"),
         ("none", "causal", "entmax 1.5"),
         ("none", "causal", "entmax learned"),

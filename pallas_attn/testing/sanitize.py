@@ -44,6 +44,7 @@ CALLS = (
     ("factored-float32 R20", "positions per head", "softmax"),
     ("none", "dropout GQA soft cap", "softmax"),
     ("co_alibi", "all at once", "softmax"),
+    ("alibi", "all at once", "sink"),
     ("none", "causal", "entmax 1.5"),
     ("sum-factored dense", "lengths", "entmax learned"),
     ("sum", "causal GQA", "entmax 1.5 top 33"),

@@ -57,6 +57,8 @@ CALLS = (
     ("saturating", "segments", "entmax 1.5 top 3"),
     ("forget gate", "causal", "softmax"),
     ("factored", "positions per head", "softmax"),
+    ("alibi", "causal GQA", "sink"),
+    ("co_alibi", "causal", "sink"),
 )
 # The first of these run in every implementation: kernels compile slowly, interpreted.
 FIRST = 2

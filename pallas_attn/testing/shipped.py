@@ -42,6 +42,8 @@ SHIPPED = [
 SHIPPED += [
     Case(bias, "causal", (), normalizer).at(**SIZES, H=H, h=H, dtype=dtype)
     for normalizer, bias, dtype, heads in [
+        ("sink", "none", "bfloat16", (64, 128)),
+        ("sink", "co_alibi", "bfloat16", (64,)),
         ("entmax 1.5", "none", "bfloat16", (64, 128, 256)),
         ("entmax 1.5", "alibi", "bfloat16", (64,)),
         ("entmax 1.5", "dense-1NTS", "bfloat16", (64,)),

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.nearest import from_nearest, shifted
 from pallas_attn.normalizers.softmax import LN2
-from pallas_attn.problem import Problem
+from pallas_attn.problem import Problem, sink_of
 from pallas_attn.tiled.fields import Field, fields, Values, with_fields
 from pallas_attn.tiled.operands import (
     Cols,
@@ -51,7 +51,8 @@ def operands(problem: Problem) -> tuple[Operands, Call]:
     assert isinstance(added, Added)
     takes = any(term.hides for term in added.terms)
     seen = sight(call, problem.visibility, takes=takes)
-    return Operands(query, problem.key, problem.value, added, seen), call
+    arrays = (query, problem.key, problem.value)
+    return Operands(*arrays, added, seen, sink_of(problem)), call
 
 
 def visited_blocks(
@@ -100,6 +101,7 @@ def wanted_of(ops: Operands, asked: Operands) -> Wanted:
         fields=tuple(f for f in fields(ops.added) if f.of(asked.added.terms)),
         a=tuple(i for i, (a, _) in enumerate(products) if a),
         b=tuple(i for i, (_, b) in enumerate(products) if b),
+        sink=bool(asked.sink),
     )
 
 
@@ -128,12 +130,16 @@ def _forward(
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted)
     out: Forward = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
-    if out.peak is None or out.total is None:
-        sums = out.lse * LN2
-    else:
-        sums = out.peak * call.scale + out.total * LN2
-    natural = jnp.where(out.lse == jnp.inf, -jnp.inf, sums)
-    return (out.o, natural), Residuals(ops, factors, wanted=wanted, **vars(out))
+    made = Residuals(ops, factors, wanted=wanted, **vars(out))
+    nothing = -jnp.inf if ops.sink is None else ops.sink[..., None]
+    return (out.o, jnp.where(out.lse == jnp.inf, nothing, _natural(made, call))), made
+
+
+def _natural(res: Residuals, call: Call) -> Float[Array, "B N T"]:
+    """The log-sum-exp of rows that are not empty."""
+    if res.peak is None or res.total is None:
+        return res.lse * LN2
+    return res.peak * call.scale + res.total * LN2
 
 
 def columned(ops: Operands, wanted: Wanted, call: Call) -> tuple[Operands, Wanted]:
@@ -154,8 +160,47 @@ def _backward(
     """The gradient of every operand; None where nobody asked."""
     p = plan(call, res.ops.sight, res.ops.added, res.wanted)
     cot, pruning = passes.cotangents(res, do, dlse, call, p)
-    total = None if dlse is None else jnp.where(res.lse == jnp.inf, 0.0, dlse)
-    return gradients(res, cot, pruning, total, call, p, passes)
+    empty, sink = res.lse == jnp.inf, res.ops.sink
+    if sink is None:
+        total = None if dlse is None else jnp.where(empty, 0.0, dlse)
+        return gradients(res, cot, pruning, total, call, p, passes)
+    taken = sunk(sink, _natural(res, call), empty, cot.delta, dlse)
+    cot = replace(cot, dlse=taken.total)
+    return gradients(res, cot, pruning, taken.total, call, p, passes, taken)
+
+
+class Sunk(NamedTuple):
+    """What a sink is to the rows of a backward pass, [B, N, T].
+
+    Args:
+        gradient: Its own: exp(sink - lse) (dlse - <do, o>); dlse of an empty row.
+        total: What is left of dlse: what a row of dS adds up to, 0 of an empty row.
+        weight: exp(sink - lse); 0 of an empty row, whose gradient is no product.
+    """
+
+    gradient: Array
+    total: Array
+    weight: Array
+
+    def settled(self, beyond: Float[Array, "B N T"]) -> Sunk:
+        """With what rounding left in delta, which a row of dS has beyond its total."""
+        lacks = self.weight * beyond
+        return Sunk(self.gradient - lacks, self.total + lacks, self.weight)
+
+
+def sunk(
+    sink: Float[Array, "#B #N"],
+    lse: Float[Array, "B N T"],
+    empty: Bool[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    dlse: Float[Array, "B N T"] | None,
+) -> Sunk:
+    """What a sink is to rows of a natural log-sum-exp, of delta = <do, o> - dlse."""
+    log = jnp.where(empty, -jnp.inf, jnp.minimum(sink[..., None] - lse, 0.0))
+    dlse = jnp.zeros_like(lse) if dlse is None else dlse
+    weight = jnp.exp(log)
+    gradient = jnp.where(empty, dlse, -weight * delta)
+    return Sunk(gradient, jnp.where(empty, 0.0, dlse - gradient), weight)
 
 
 def gradients(
@@ -166,15 +211,20 @@ def gradients(
     call: Call,
     p: Plan,
     passes: Passes,
+    taken: Sunk | None = None,
 ) -> Operands:
     """The gradient of every operand by rows, cols and tiles over some blocks.
 
     total: what a row of dS adds up to, [B, N, T]; None: 0.
+    taken: of a sink, if there is one.
     """
     ops = res.ops
     rows = passes.rows(ops, cot, blocks, call, p) if p.rows else Rows()
     if p.exact_row_sums:
         cot = replace(cot, delta=cot.delta + rows.beyond)
+        if taken is not None and rows.beyond is not None:
+            taken = taken.settled(rows.beyond)
+            total = taken.total
     cols = passes.cols(ops, cot, blocks, call, p) if p.cols else Cols()
     pairs: Values = {}
     if cols.ds is not None:
@@ -182,7 +232,8 @@ def gradients(
         rows, cols = _by_ds(res, rows, cols, cols.ds, call, p, passes)
     for f in p.tile_fields:
         pairs[f] = passes.tiles(ops, cot, blocks, f, rows, call, p)
-    return collected(res, Made(rows, cols, pairs, total), p, call)
+    sink = None if taken is None else taken.gradient
+    return collected(res, Made(rows, cols, pairs, total, sink), p, call)
 
 
 def _by_ds(
@@ -212,12 +263,16 @@ def _by_ds(
 
 
 class Made(NamedTuple):
-    """What the backward passes made, before it has its operands' shapes."""
+    """What the backward passes made, before it has its operands' shapes.
+
+    total: what a row of dS adds up to; sink: the sink's gradient, row by row.
+    """
 
     rows: Rows
     cols: Cols
     pairs: Values
     total: Array | None
+    sink: Array | None = None
 
 
 def collected(res: Kept, made: Made, p: Plan, call: Call) -> Operands:
@@ -246,6 +301,9 @@ def collected(res: Kept, made: Made, p: Plan, call: Call) -> Operands:
         g = factor_gradient(g, a, b, side, call)
         return reduced(g, (a, b)[side], (0, 2))
 
+    sink = None
+    if made.sink is not None and ops.sink is not None and wanted.sink:
+        sink = reduced(made.sink.sum(2), ops.sink, (0, 1))
     grads = {f: field_gradient(f, x) for f, x in fields(ops.added).items()}
     sides = tuple(
         (side_gradient(n, 0), side_gradient(n, 1)) for n in range(len(res.factors))
@@ -256,6 +314,7 @@ def collected(res: Kept, made: Made, p: Plan, call: Call) -> Operands:
         k=cols.dk if wanted.k else None,
         v=cols.dv if wanted.v else None,
         added=replace(ops.added, terms=with_fields(ops.added, grads), products=sides),
+        sink=sink,
         sight=jax.tree.map(lambda _: None, ops.sight),
     )
 

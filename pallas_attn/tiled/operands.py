@@ -28,6 +28,7 @@ class Wanted:
     a: tuple[int, ...] = ()
     b: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
+    sink: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +41,7 @@ class Operands:
     v: Float[Array, "B S K h"]
     added: Added
     sight: Sight
+    sink: Float[Array, "#B #N"] | None = None
 
 
 # What passes make, None where a call does not need it. The order of fields, which is

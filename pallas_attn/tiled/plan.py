@@ -93,7 +93,8 @@ def plan(
     # What adds the same to a whole row has no gradient: autodiff.py gives it dlse.
     rows = tuple(f for f in of_span("", "q") if not f.is_row_constant)
     pairs = of_span("qk")
-    settled = any(f.running for f in of_span("k"))
+    # so is a sink's gradient, which is a sum of delta
+    settled = wanted.sink or any(f.running for f in of_span("k"))
     by_key = bool(wanted.k or wanted.v or wanted.b or of_span("k"))
     others = bool(wanted.q or wanted.a or rows or by_key)
     shape = (call.B, call.N, call.T, call.S)

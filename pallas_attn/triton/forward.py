@@ -35,7 +35,8 @@ def forward_kernel(
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
     online = Online(t0, ops, held, q, qs, plan, out.reach)
-    (acc, base, total), far = pruning.added_up(walk, online)
+    sums, far = pruning.added_up(walk, online)
+    acc, base, total = online.with_sink(sums)
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
         acc, total = jnp.where(inside[:, None], acc, 0.0), jnp.where(inside, total, 0.0)

@@ -94,6 +94,19 @@ class Online:
         acc = sums.acc * old[:, None] + self._weighted(t, weights, visible)
         return Sums(acc, base, sums.total * old + jnp.sum(weights, 1))
 
+    def with_sink(self, sums: Sums) -> Sums:
+        """With the sink's weight, in rows that see a key."""
+        if self.ops.sink is None:
+            return sums
+        sink = self.t0.field("head", self.ops.sink) * (1 / self.t0.call.scale)
+        acc, base, total = sums
+        zero = jnp.zeros_like(total)
+        score = Peak(zero + sink, None if base.low is None else zero)
+        top = peak(base, score.high[:, None], zero)
+        old, new = (self._power(x.above(top) * self._mul) for x in (base, score))
+        new = jnp.where(total == 0, 0.0, new)
+        return Sums(acc * old[:, None], top, total * old + new)
+
     def logs(self, sums: Sums) -> jax.Array:
         """The log2-sum of each row so far."""
         return sums.base.high * self._mul + jnp.log2(sums.total)

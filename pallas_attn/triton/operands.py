@@ -81,7 +81,7 @@ class Cotangents:
     # where scores may be large, lse in two: peak (units of q.k) + total (log2)
     peak: Float[Array, "B N T"] | None = None
     total: Float[Array, "B N T"] | None = None
-    dlse: Float[Array, "B N T"] | None = None  # natural units; None: no cotangent
+    dlse: Float[Array, "B N T"] | None = None  # what a row of dS adds up to; None: 0
     large_rows: bool = field(default=False, metadata={"static": True})
 
     def of_rows(self, t: Tile) -> SoftmaxRows:

@@ -66,6 +66,7 @@ NORMALIZERS: dict[str, dict[str, Any]] = {
     "entmax 1.5": {"normalizer": (1.5, None)},
     "sparsemax, top 8": {"normalizer": (2.0, 8)},
     "entmax, learned alpha": {"normalizer": (1.5, None), "alpha_array": True},
+    "a sink": {"sink": "N"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "not causal": {"causal": False},
@@ -149,7 +150,7 @@ def _plan(
     shaped = {
         name: spelled(x)
         for name, x in facts.items()
-        if name in ("mask", "query_positions", "key_positions")
+        if name in ("mask", "query_positions", "key_positions", "sink")
     }
     given: dict[str, Any] = sizes | facts | shaped
     given |= {"dtype": dtype, "precision": PRECISIONS[dtype], "residual": True}

@@ -84,17 +84,26 @@ def softmax(logits: Logits, normalizer: Any) -> Weights:
     """Weights relative to the largest of a row; their sum divides the output."""
     t, _, shift = logits
     m = lax.stop_gradient(t).max(3, keepdims=True)
+    nothing, below = -jnp.inf, None
+    if normalizer.sink is not None:
+        nothing = normalizer.sink[..., None, None]
+        below = nothing - shift
+        m = jnp.maximum(m, lax.stop_gradient(below))
     m = jnp.where(m == -jnp.inf, 0, m)
     e = jnp.exp(t - m)
     l = e.sum(3, keepdims=True)
     alive = l != 0  # of the largest score exp(0); NaN is alive
+    l = l if below is None else l + jnp.exp(below - m)
     l = jnp.where(alive, l, 1)
 
-    return Weights(
-        e,
-        output=lambda o: jnp.where(alive, o / l, 0),
-        residual=lambda: jnp.where(alive, m + jnp.log(l) + shift, -jnp.inf),
-    )
+    def residual() -> Array:
+        top = m + shift
+        if below is not None:  # beside a shift of -1e9 a sum would have no digits
+            top = jnp.where(below == m, nothing, top)
+            top = lax.stop_gradient(top) + (shift - lax.stop_gradient(shift))
+        return jnp.where(alive, top + jnp.log(l), nothing)
+
+    return Weights(e, lambda o: jnp.where(alive, o / l, 0), residual)
 
 
 def in_chunks(

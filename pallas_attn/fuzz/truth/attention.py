@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -152,6 +152,12 @@ def truth(
         np.where(visible, np.abs(finite(x)), 0.0).max(-1, initial=0) for x in parts
     )
     found = weights(plan, operands, logits.t, size, logits.shared)
+    if plan.sink is not None:  # what is no row has none
+        there = see.query_there[..., None, :]
+        found = replace(found, residual=np.where(there, found.residual, -np.inf))
+        if cotangents is not None and "residual" in cotangents:
+            its = np.where(np.swapaxes(there, -1, -2), cotangents["residual"], 0.0)
+            cotangents = {**cotangents, "residual": its}
     p, u = found.p, found.u
     if noise.random is not None:
         unit = min(NOTHING_LESS, noise.score)
@@ -333,6 +339,8 @@ class _Backward:
             da = da + noise.on(np.zeros(da.shape), noise.score, beside)
             da = np.where(alive[..., None], da, 0.0)
             result["alpha"] = to_head(da, self.operands["alpha"])
+        if "sink" in self.operands:
+            result["sink"] = self._of_sink(alive, delta)
         dv = np.swapaxes(p * keep, -1, -2) @ do
         result["value"] = self._of_keys(dv)
         return result
@@ -356,6 +364,17 @@ class _Backward:
         result["query"] = np.moveaxis(scale * (ds @ self.read.k), -3, -2)
         result["key"] = self._of_keys(scale * (np.swapaxes(ds, -1, -2) @ self.read.q))
         return result
+
+    def _of_sink(self, alive: np.ndarray, delta: np.ndarray) -> np.ndarray:
+        """Of each row exp(sink - lse) (dlse - delta); dlse of one that sees nothing."""
+        sink, residual = self.operands["sink"], self.found.residual[..., None]
+        lse, dres = finite(residual), np.zeros_like(residual)
+        if "residual" in self.cotangents:
+            dres = np.swapaxes(self.cotangents["residual"], -1, -2)[..., None]
+        above = self.noise.on(of_head(sink) - lse, self.noise.score, 1 + np.abs(lse))
+        weight = np.exp(np.minimum(above, 1e-3))
+        of_rows = weight * (dres - delta)
+        return to_head(np.where(alive[..., None], of_rows, dres), sink)
 
     def _of_keys(self, x: np.ndarray) -> np.ndarray:
         """[*L, N, S, .] as [*L, S, K, .]."""

@@ -21,6 +21,7 @@ class Visibility:
         query_positions: int64 [*#L, #N, T].
         key_positions: int64 [*#L, #N, S].
         allowed: bool [*L, N, T, S].
+        query_there: bool [*L, T] or [T]: queries within the lengths.
         key_there: bool [*L, S] or [S]: keys within the lengths.
         query_segments: [*L, T], or None.
         key_segments: [*L, S], or None.
@@ -30,6 +31,7 @@ class Visibility:
     query_positions: np.ndarray
     key_positions: np.ndarray
     allowed: np.ndarray
+    query_there: np.ndarray
     key_there: np.ndarray
     query_segments: np.ndarray | None
     key_segments: np.ndarray | None
@@ -64,9 +66,10 @@ def visibility(plan: Plan, conditions: Arrays) -> Visibility:
         window = plan.window
         left, right = window if isinstance(window, tuple) else (window, window)
         ok = ok & (d <= left) & (d >= -right)
+    query_there = np.ones(plan.T, bool)
     if "query_seq_lengths" in conditions:
-        most = conditions["query_seq_lengths"][..., None, None, None]
-        ok = ok & (np.arange(plan.T)[:, None] < most)
+        query_there = np.arange(plan.T) < conditions["query_seq_lengths"][..., None]
+        ok = ok & query_there[..., None, :, None]
     key_there = np.ones(plan.S, bool)
     if "key_value_seq_lengths" in conditions:
         most = conditions["key_value_seq_lengths"][..., None]
@@ -83,6 +86,7 @@ def visibility(plan: Plan, conditions: Arrays) -> Visibility:
         queries,
         keys,
         np.broadcast_to(ok, plan.full),
+        query_there,
         key_there,
         query_segments,
         key_segments,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pallas_attn.fuzz.plan import Arrays, Plan
+from pallas_attn.fuzz.truth.arrays import of_head
 
 
 # Roundings of a float32 score that may lie between the last selected and the next.
@@ -54,24 +55,28 @@ def weights(
 
     Args:
         plan: The call.
-        operands: Alpha, if it is an array.
+        operands: Alpha, if it is an array, and a sink.
         t: Logits [*L, N, T, S], -inf where hidden.
         size: The largest sum of absolute values in a row of logits, [*L, N, T].
-        shared: What all of a row have, which no weight sees, [*L, N, T, 1].
+        shared: What all of a row have, [*L, N, T, 1]: no weight sees it but a sink's.
     """
     alpha, top_k = plan.normalizer or (1.0, None)
     alphas = operands.get("alpha", np.full(1, alpha))
     a = np.broadcast_to(alphas - 1, (plan.N,))[:, None, None]
-    alive = np.isfinite(t).any(-1)
+    alive = np.asarray(np.isfinite(t).any(-1))
     unselected = np.zeros(alive.shape, bool)
     if top_k is not None and top_k < plan.S:
         t, unselected = _selected(plan, t, top_k, size)
     if not math.prod(t.shape):
         nothing = np.zeros(t.shape)
         empty = np.where((a == 0)[..., 0], -np.inf, np.inf) + np.zeros(alive.shape)
+        if "sink" in operands:
+            empty = of_head(operands["sink"])[..., 0] + np.zeros(alive.shape)
         one = np.ones((*alive.shape, 1))
         return Weights(nothing, nothing, one, empty, t, a, unselected, unselected)
     peak = np.where(alive, t.max(-1), 0.0)[..., None]
+    if "sink" in operands:
+        return _with_sink(of_head(operands["sink"]), t, peak, alive, shared, a)
     e = np.exp(t - peak)
     total = np.where(alive, e.sum(-1), 1.0)[..., None]
     p = u = e / total
@@ -91,6 +96,27 @@ def weights(
     apart = np.where(alive, np.broadcast_to(shared, (*alive.shape, 1))[..., 0], 0.0)
     residual = residual + np.where(a == 0, 1.0, a)[..., 0] * apart
     return Weights(p, u, total, residual, t + shared, a, unselected, unsure)
+
+
+def _with_sink(
+    sink: np.ndarray,
+    t: np.ndarray,
+    peak: np.ndarray,
+    alive: np.ndarray,
+    shared: np.ndarray | float,
+    a: np.ndarray,
+) -> Weights:
+    """Softmax with one more score; of rows that see nothing it is the residual."""
+    score = sink - shared + np.zeros_like(peak)
+    top = np.maximum(peak, score)
+    e = np.exp(t - top)
+    total = np.where(
+        alive[..., None], e.sum(-1, keepdims=True) + np.exp(score - top), 1
+    )
+    whole = np.where(score > peak, sink, peak + shared) + np.log(total)
+    residual = np.where(alive[..., None], whole, sink)[..., 0]
+    p, sure = e / total, np.zeros(alive.shape, bool)
+    return Weights(p, p, np.ones_like(total), residual, t + shared, a, sure, sure)
 
 
 def entmax(

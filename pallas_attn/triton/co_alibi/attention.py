@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call
 from pallas_attn.normalizers.softmax import LN2
-from pallas_attn.problem import Problem
-from pallas_attn.tiled.autodiff import share
+from pallas_attn.problem import Problem, sink_of
+from pallas_attn.tiled.autodiff import reduced, share, Sunk, sunk
 from pallas_attn.tiled.summaries import sight
 from pallas_attn.tracing.names import named
 from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
@@ -51,7 +51,8 @@ def _operands(problem: Problem) -> Operands:
     assert isinstance(problem.bias, CoALiBi)
     seen = sight(problem.call, problem.visibility)
     slopes = problem.bias.slopes
-    return Operands(problem.query, problem.key, problem.value, slopes, seen)
+    arrays = (problem.query, problem.key, problem.value)
+    return Operands(*arrays, slopes, seen, sink_of(problem))
 
 
 def visited_blocks(
@@ -60,7 +61,7 @@ def visited_blocks(
     """The share of visible blocks that forward, rows and cols visit."""
     ops, call = _operands(problem), problem.call
     _, res = _forward(ops, call, graded=True)
-    out = _passes(res, jnp.zeros_like(res.o), None, call)
+    out, _ = _passes(res, jnp.zeros_like(res.o), None, call)
 
     return share(res.visits), share(out.rows.visits), share(out.cols.visits)
 
@@ -84,11 +85,15 @@ def _attend_bwd(
     if isinstance(do, SymbolicZero):
         do = jnp.zeros_like(res.o)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    out = _passes(res, do, dlse, call)
+    out, taken = _passes(res, do, dlse, call)
     slopes = res.ops.slopes
     dm = out.rows.dm.sum(2)
-    shared = [a for a in (0, 1) if slopes.shape[a] == 1 < dm.shape[a]]
-    dm = dm.sum(shared, keepdims=True).astype(slopes.dtype)
+    dm = reduced(dm, slopes, (0, 1))
+    sink = res.ops.sink
+    dsink = None
+    if sink is not None and taken is not None and out.rows.beyond is not None:
+        by_row = taken.settled(out.rows.beyond).gradient
+        dsink = reduced(by_row.sum(2), sink, (0, 1))
     return (
         Operands(
             out.rows.dq,
@@ -96,6 +101,7 @@ def _attend_bwd(
             out.cols.dv,
             dm,
             jax.tree.map(lambda _: None, res.ops.sight),
+            dsink,
         ),
     )
 
@@ -139,34 +145,45 @@ def _forward(
         graded=graded,
     )
     out: Forward = named(out)
-    natural = jnp.where(out.lse == jnp.inf, -jnp.inf, out.lse * LN2)
+    nothing = -jnp.inf if ops.sink is None else ops.sink[..., None]
+    natural = jnp.where(out.lse == jnp.inf, nothing, out.lse * LN2)
     return (out.o, natural), Residuals(ops, **vars(out))
 
 
-def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradients:
-    """What rows and cols make of everything.
+def _passes(
+    res: Residuals, do: Array, dlse: Array | None, call: Call
+) -> tuple[Gradients, Sunk | None]:
+    """What rows and cols make of everything, and what a sink is to rows.
 
     Head after head where the carries of all would pass the budget: every group stores
     its part into the whole arrays.
     """
     ops, p = res.ops, plan(call)
     delta, _ = deltas(res.o, do, res.lse, dlse, ops.sight, call)
+    taken = None
+    if ops.sink is not None:
+        taken = sunk(ops.sink, res.lse * LN2, res.lse == jnp.inf, delta, dlse)
     saved = Saved(
         do,
         res.base,
         res.gates,
         res.gates_low,
         delta,
-        dlse,
+        dlse if taken is None else taken.total,
         res.first,
         res.counted,
     )
     outputs = Gradients(
         cols=Cols(dk=like(ops.k), dv=like(ops.v), visits=_visits(call, "cols", p)),
-        rows=Rows(dm=like(delta), dq=like(ops.q), visits=_visits(call, "rows", p)),
+        rows=Rows(
+            beyond=None if taken is None else like(delta),
+            dm=like(delta),
+            dq=like(ops.q),
+            visits=_visits(call, "rows", p),
+        ),
     )
     if (p.batch, p.heads) == (call.B, call.K):
-        return _group(ops, saved, outputs, None, call, p)
+        return _group(ops, saved, outputs, None, call, p), taken
 
     def group(n: Array, into: Gradients) -> Gradients:
         entry, head = n // (call.K // p.heads), n % (call.K // p.heads)
@@ -175,7 +192,7 @@ def _passes(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Gradie
 
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
     count = (call.B // p.batch) * (call.K // p.heads)
-    return lax.fori_loop(i32(0), i32(count), group, blank)
+    return lax.fori_loop(i32(0), i32(count), group, blank), taken
 
 
 def _group(

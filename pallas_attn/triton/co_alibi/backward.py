@@ -114,6 +114,8 @@ def rows_kernel(
     # A row of dT sums to dlse and what rounding (of o in delta) left beyond. That is a
     # multiple of P in dT, and z, which may be large, would multiply it.
     beyond = c if saved.dlse is None else c - t0.stat(saved.dlse)
+    if out.beyond is not None:
+        t0.put_stat(out.beyond, jnp.where(base == jnp.inf, 0.0, beyond))
     dm = jnp.where(base == jnp.inf, 0.0, beyond * pz - gc)
     t0.put_stat(out.dm, dm)
     i = t0.q0 // i32(t0.bq)

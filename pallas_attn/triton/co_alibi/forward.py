@@ -130,13 +130,18 @@ def forward_kernel(
     if call.dropout:
         acc = acc * rescale(call)
     dead = l == 0
-    t0.put_rows(out.o, acc / jnp.where(dead, 1.0, l)[:, None])
+    by = u.exponent(slope, mul) if isinstance(u, Reference) else u - slope.grows * z[0]
+    lse, more = _with_sink(t0, ops, jnp.where(dead, jnp.inf, by + jnp.log2(l)))
+    o = acc / jnp.where(dead, 1.0, l)[:, None]
+    log_sum = jnp.log2(l)
+    if more is not None:
+        o, log_sum = o * exp2(call, -more)[:, None], log_sum + more
+    t0.put_rows(out.o, o)
+    t0.put_stat(out.lse, lse)
     if isinstance(u, Reference):
-        _put_reference(t0, out, slope, u, l)
+        _put_reference(t0, out, u, dead, log_sum)
     else:
-        u = jnp.where(dead, jnp.inf, u + jnp.log2(l))
-        t0.put_stat(out.base, u)
-        t0.put_stat(out.lse, u - slope.grows * z[0])
+        t0.put_stat(out.base, jnp.where(dead, jnp.inf, u + log_sum))
     t0.put_stat(out.gates, z[0])
     t0.put_stat(out.gates_low, z[1])
     i = t0.q0 // i32(t0.bq)
@@ -153,20 +158,29 @@ def _low(call: Call, zero: jax.Array) -> jax.Array | Reference:
     return zero + lowest(1.0) * LOG2E
 
 
+def _with_sink(
+    t: Tile, ops: Operands, lse: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the log2-sum with the sink of rows that see a key, by how much it is more)."""
+    if ops.sink is None:
+        return lse, None
+    sink = t.field("head", ops.sink) * LOG2E
+    above = sink - lse
+    both = jnp.log2(1 + exp2(t.call, -jnp.abs(above)))
+    return jnp.maximum(lse, sink) + both, jnp.maximum(above, 0.0) + both
+
+
 def _put_reference(
-    t: Tile, out: Forward, slope: Slope, u: Reference, l: jax.Array
+    t: Tile, out: Forward, u: Reference, dead: jax.Array, log_sum: jax.Array
 ) -> None:
     """Store each row's reference, and the sum of the weights that count from it."""
     counted = out.counted
     assert counted is not None
-    dead = l == 0
-    log_sum, exponent = jnp.log2(l), u.exponent(slope, t.call.scale * LOG2E)
     t.put_stat(out.base, jnp.where(dead, jnp.inf, u.score))
     t.put_stat(counted.inside, u.inside)
     t.put_stat(counted.right, u.right[0])
     t.put_stat(counted.right_low, u.right[1])
     t.put_stat(counted.log_sum, jnp.where(dead, 0.0, log_sum))
-    t.put_stat(out.lse, jnp.where(dead, jnp.inf, exponent + log_sum))
 
 
 class Limit:

@@ -20,6 +20,7 @@ class Operands:
     v: Float[Array, "B S K h"]
     slopes: Float[Array, "#B #N"]
     sight: Sight
+    sink: Float[Array, "#B #N"] | None = None
 
 
 # What passes make. The order of fields, which is the alphabet's, is that of a kernel's
@@ -59,8 +60,13 @@ class Forward:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the pass over rows makes; dm: of each row the slope's gradient."""
+    """What the pass over rows makes.
 
+    beyond: what rounding left in delta, where there is a sink.
+    dm: of each row the slope's gradient.
+    """
+
+    beyond: Float[Array, "B N T"] | None = None
     dm: Float[Array, "B N T"]
     dq: Float[Array, "B T N H"]
     visits: Int[Array, "B N query_blocks 2"]
@@ -110,6 +116,7 @@ class Saved:
     gates, gates_low: the sum of a row's gates, and its rounding error.
         Where sums are exact: q.k of the key that weights count from.
     counted: of that key; None: sums are not exact, and base has the sum of weights too.
+    dlse: what a row of dT adds up to; None: 0.
     first: the first key block that a query block of the forward pass visited.
     start: the first batch entry and key head of a group; None: there is one group.
     """
