@@ -61,6 +61,7 @@ LINEN = [
     "MultiHeadAttention",
     "NeuralFactoredBias",
     "NeuralFactors",
+    "OutputGate",
     "PairBias",
     "RelativePositionBias",
     "SquaredDistanceBias",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_attn.bias.base import Bias, homes, Sum
-from pallas_attn.rules import known
+from pallas_attn.checks import arrays as check
+from pallas_attn.rules import kind, known
+from pallas_attn.shapes import Sizes
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,99 @@ class Slot:
             *self.batch, *(1,) * before, self.new, *(1,) * after
         )
         return jnp.take_along_axis(x, places, axis=axis, mode="clip")
+
+
+class Cache(Protocol):
+    """What a layer keeps between calls while it decodes."""
+
+    def slot(self, sizes: Sizes, lengths: Any) -> Slot | None:
+        """Where the new tokens of a call go; the index moves on.
+
+        Args:
+            sizes: Of the call.
+            lengths: int32 [*B], how many of the T tokens are not padding, or None.
+
+        Returns:
+            None while the cache is made.
+
+        Raises:
+            ValueError: if there is no cache, it does not fit the call, or it is full.
+        """
+        ...
+
+    def kept(
+        self, name: str, x: Shaped[Array, "*B T *rest"], slot: Slot | None
+    ) -> Shaped[Array, "*B S *rest"]:
+        """All that there is under a name: what is new, with what came before.
+
+        Args:
+            name: Of what is kept.
+            x: What is new.
+            slot: Where it goes; None: a cache of its shape is made, and it is returned.
+        """
+        ...
+
+    def name_of(self, module: Any, name: str) -> str:
+        """A name for what a module of the layer keeps, that no other module takes."""
+        ...
+
+
+def taken(
+    index: Int[Array, "*#B"], places: tuple[int, ...], sizes: Sizes, lengths: Any
+) -> tuple[Slot, Int[Array, "*#B"]]:
+    """Where the new tokens of a call go, and the index of the next call.
+
+    Args:
+        index: How many tokens each entry has cached, or all have.
+        places: The shape of cached keys.
+        sizes: Of the call.
+        lengths: int32 [*B], how many of the T tokens are not padding, or None.
+
+    Raises:
+        ValueError: if the cache does not fit the call, or it is full.
+    """
+    longest = _places_of(places, sizes)
+    new = check.lengths("query_seq_lengths", lengths, sizes, sizes.T)
+    shared = index.shape != sizes.leading
+    if new is not None and shared:
+        raise ValueError(
+            "`query_seq_lengths` needs a `cache_index` for each entry, of shape "
+            f"{sizes.leading}; got {index.shape}. Let this layer make the cache."
+        )
+    new = None if new is None else new.reshape(sizes.leading)
+    slot = Slot(jnp.broadcast_to(index, sizes.leading), new, sizes.T, longest)
+    slot.check()
+    return slot, index + jnp.int32(sizes.T) if shared else slot.following
+
+
+def refuse_places(query_offset: Any, **others: Any) -> None:
+    """Refuses what the index of the cache says of tokens while decoding.
+
+    Args:
+        query_offset: 0 where none was given.
+        **others: None where they were not given.
+
+    Raises:
+        ValueError: if any was.
+    """
+    natural = isinstance(query_offset, int) and query_offset == 0
+    given = {"query_offset": None if natural else query_offset, **others}
+    for name, x in given.items():
+        if x is not None:
+            raise ValueError(
+                f"`{name}` must be left out where `decode` is True: `cache_index` has "
+                f"it; got {kind(x)}. `query_seq_lengths` tells padding from tokens."
+            )
+
+
+def _places_of(shape: tuple[int, ...], sizes: Sizes) -> int:
+    """S of a cache that fits the call."""
+    *batch, longest = shape[:-2]
+    if tuple(batch) != sizes.leading or shape[-2:] != (sizes.K, sizes.H):
+        letters = (*sizes.leading, "S", sizes.K, sizes.H)
+        wanted = ", ".join(map(str, letters))
+        raise ValueError(
+            "`decode`: the cache must have the batch, key heads and head dim of the "
+            f"call, [{wanted}]; got {shape}. Make one with inputs of this batch."
+        )
+    return longest

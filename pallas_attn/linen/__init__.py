@@ -1,8 +1,9 @@
 """Layers of Flax, modules that make biases, and one line for Flax's own layers."""
 
+from pallas_attn.layers.context import BiasContext
 from pallas_attn.linen.alibi import ALiBi, CoALiBi
 from pallas_attn.linen.attention import MultiHeadAttention
-from pallas_attn.linen.bias import BiasContext, BiasModule
+from pallas_attn.linen.bias import BiasModule
 from pallas_attn.linen.factored import (
     LearnedFactoredBias,
     NeuralFactoredBias,
@@ -10,6 +11,7 @@ from pallas_attn.linen.factored import (
 )
 from pallas_attn.linen.forget_gate import ForgetGate
 from pallas_attn.linen.neural_factors import NeuralFactors
+from pallas_attn.linen.output_gate import OutputGate
 from pallas_attn.linen.pair import PairBias
 from pallas_attn.linen.plug import as_flax_attention_fn
 from pallas_attn.linen.relative import RelativePositionBias, WindowRelativePositionBias
@@ -25,6 +27,7 @@ __all__ = [
     "MultiHeadAttention",
     "NeuralFactoredBias",
     "NeuralFactors",
+    "OutputGate",
     "PairBias",
     "RelativePositionBias",
     "SquaredDistanceBias",

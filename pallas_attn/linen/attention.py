@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import default_kernel_init
 from jaxtyping import Array, Float, Int
 
-from pallas_attn.api import attended, weights_of
-from pallas_attn.bias.base import terms_of
-from pallas_attn.canonical import canonical
-from pallas_attn.checks import arrays as check
 from pallas_attn.config import Config
 from pallas_attn.implementations import Implementation
-from pallas_attn.layers.cache import Slot
-from pallas_attn.layers.mask import spoiled, truth
-from pallas_attn.linen.bias import bias_value, BiasContext, read_by
-from pallas_attn.linen.decode import cached, refuse_places, slot_of
+from pallas_attn.layers.attention import (
+    attend,
+    Conditions,
+    context_of,
+    OutputHook,
+    QueryKeyHook,
+)
+from pallas_attn.layers.inputs import key_value_inputs
+from pallas_attn.linen.bias import bias_value, read_by
+from pallas_attn.linen.cache import Variables
+from pallas_attn.linen.projections import normalized, Projections, with_bias
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
-from pallas_attn.poison import poisoned
 from pallas_attn.rules import kind
-from pallas_attn.shapes import Sizes
-
-
-# query [*B, T, N, H], key [*B, S, K, H] and the positions of each -> query, key
-QueryKeyHook = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 
 class MultiHeadAttention(nn.Module):
@@ -38,7 +34,7 @@ class MultiHeadAttention(nn.Module):
 
     With x, y, z the inputs of query, key and value, and heads n:
 
-        q_n = W_n x    k_n = W'_n y    v_n = W''_n z
+        q_n = W_n x    k_n = W'_n y    v_n = W''_n z    [H], [H], [h]
         output = sum_n W'''_n softmax(q_n.k_n / sqrt(H) + bias_n) v_n
 
     Parameters, their names and the call are those of
@@ -63,10 +59,13 @@ class MultiHeadAttention(nn.Module):
         out_kernel_init: Of the kernel of "out"; None: `kernel_init`.
         bias_init: Of the biases of the projections.
         out_bias_init: Of the bias of "out"; None: `bias_init`.
-        use_bias: Whether projections have biases.
+        use_bias: Whether projections have biases, or the names of those that have one:
+            some of "query", "key", "value", "out".
         decode: Whether there is a cache. `init` with inputs of the largest length makes
             it: "cached_key" and "cached_value" [*B, S, K, H], "cache_index" [*B].
-        normalize_qk: Layer norms of queries and keys (arXiv 2302.05442).
+        normalize_qk: Norms of each head's queries and keys, before `query_key_hook`:
+            True: layer norms (arXiv 2302.05442); "rms"; or a module, of which each has
+            a copy. Parameters "query_ln", "key_ln".
         force_fp32_for_softmax: Weights are float32 whatever is given.
         qkv_dot_general: As flax's, of the projections; deprecated there.
         out_dot_general: As flax's; deprecated there.
@@ -87,6 +86,11 @@ class MultiHeadAttention(nn.Module):
         query_key_hook: A function or module, for rotary embeddings: (query
             [*B, T, N, H], key [*B, S, K, H], query_positions [*#B, #N, T],
             key_positions [*#B, #N, S]) -> (query, key), before keys are cached.
+        output_hook: A function or module, for gates: (output [*B, T, N, h], lse
+            [*B, T, N], inputs_q) -> output, before the product of "out". Of `Entmax`
+            tau stands for lse.
+        scale: Of the product q.k; None: 1/sqrt(H).
+        value_dim: h; None: H.
         implementation: As of `dot_product_attention`.
         config: As of `dot_product_attention`.
 
@@ -126,9 +130,9 @@ class MultiHeadAttention(nn.Module):
     out_kernel_init: Any = None
     bias_init: Any = nn.initializers.zeros_init()
     out_bias_init: Any = None
-    use_bias: bool = True
+    use_bias: bool | Sequence[str] = True
     decode: bool = False
-    normalize_qk: bool = False
+    normalize_qk: bool | Literal["rms"] | nn.Module = False
     force_fp32_for_softmax: bool = False
     qkv_dot_general: Any = None
     out_dot_general: Any = None
@@ -144,6 +148,9 @@ class MultiHeadAttention(nn.Module):
     local_window_size: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     query_key_hook: QueryKeyHook | None = None
+    output_hook: OutputHook | None = None
+    scale: float | None = None
+    value_dim: int | None = None
     implementation: Implementation | Sequence[Implementation] | None = None
     config: Config | None = None
 
@@ -202,74 +209,47 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [*B, T, out_features].
         """
-        inputs_k, inputs_v = _inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
+        inputs_k, inputs_v = key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         self._check()
-        query, key, value = self._projected(inputs_q, inputs_k, inputs_v)
-        *batch, T, N, H = query.shape
-        S, K = key.shape[-3:-1]
-        sizes = Sizes(tuple(batch), T, S, N, K, H, H)
-        slot = slot_of(self, sizes, query_seq_lengths) if self.decode else None
-        if slot is not None:
-            refuse_places(
-                query_offset,
-                query_positions=query_positions,
-                key_positions=key_positions,
-                key_value_seq_lengths=key_value_seq_lengths,
-            )
-            query_offset = slot.index
-        offset = check.offset(query_offset, sizes)
-        given = check.positions(query_positions, key_positions, offset, sizes)
-        standing = _standing(given, offset, sizes)
-        query, key = self._hooked(query, key, standing, slot)
-        context = self._context(
-            inputs_q,
-            inputs_k,
-            standing,
-            offset if given[0] is given[1] is None else None,
-            slot,
-            pair=pair,
-            coordinates=(query_coordinates, key_coordinates),
-        )
-        bias = None if self.bias is None else bias_value("bias", self.bias, context)
-        self._check_fading(bias, mask)
-        if self.decode:
-            key = cached(self, "cached_key", key, slot)
-            value = cached(self, "cached_value", value, slot)
-        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
-        rate, rng = self._dropout(deterministic, dropout_rng)
-        call = canonical(
-            query,
-            key,
-            value,
-            bias,
-            truth(mask),
-            scale=None,
-            is_causal=self.is_causal or self.decode,
+        given = Conditions(
+            mask,
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=self.local_window_size,
-            query_offset=query_offset,
-            query_positions=query_positions,
-            key_positions=key_positions,
             query_segment_ids=query_segment_ids,
             key_segment_ids=key_segment_ids,
-            normalizer=self._normalizer(),
-            logits_soft_cap=self.logits_soft_cap,
-            dropout_rate=rate,
-            dropout_rng=rng,
-            broadcast_dropout=self.broadcast_dropout,
-            precision=self.precision,
-            implementation=self.implementation,
-            config=self.config,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            query_offset=query_offset,
+            pair=pair,
+            query_coordinates=query_coordinates,
+            key_coordinates=key_coordinates,
         )
-        if sow_weights:
-            weights = weights_of(call, dropped=False)
-            self.sow("intermediates", "attention_weights", weights)
-        x = attended(call, return_residual=False)
-        x = spoiled(mask, x)
-        if slot is not None:
-            x = poisoned(x, slot.homeless[..., None, None])
-        return self._out(x, self.out_features or inputs_q.shape[-1])
+        made = self._projections(inputs_q.shape[-1])
+        context = context_of(
+            self,
+            (inputs_q, inputs_k),
+            self._projected(made, inputs_q, inputs_k, inputs_v),
+            given,
+            cache=Variables(self) if self.decode else None,
+            read=read_by(self.bias),
+        )
+        x = attend(
+            self,
+            context,
+            None if self.bias is None else bias_value("bias", self.bias, context),
+            given,
+            normalizer=self._normalizer(),
+            dropout=self._dropout(deterministic, dropout_rng),
+            sow=self._sown if sow_weights else None,
+        )
+        return made.out(
+            x,
+            self.out_features or inputs_q.shape[-1],
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            dot_general=self.out_dot_general,
+            dot_general_cls=self.out_dot_general_cls,
+        )
 
     def _normalizer(self) -> Softmax | Entmax:
         if not self.sink:
@@ -283,61 +263,44 @@ class MultiHeadAttention(nn.Module):
         zeros = nn.initializers.zeros_init()
         return Softmax(self.param("sink", zeros, (self.num_heads,), self.param_dtype))
 
-    def _projected(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Query [*B, T, N, H], key and value [*B, S, K, H]."""
-        features = self.qkv_features or q.shape[-1]
+    def _projections(self, features: int) -> Projections:
+        features = self.qkv_features or features
         if features % self.num_heads:
             raise ValueError(
                 "`num_heads` must divide `qkv_features` (by default the features of "
                 f"inputs_q); got {self.num_heads} heads and {features} features. Give "
                 "`qkv_features`."
             )
-        dense = functools.partial(
-            nn.DenseGeneral,
-            axis=-1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+        head_dim = features // self.num_heads
+        return Projections(
+            heads=self.num_heads,
+            key_heads=self.num_kv_heads or self.num_heads,
+            head_dim=head_dim,
+            value_dim=self.value_dim or head_dim,
+            biased=with_bias(self.use_bias),
+            dense=functools.partial(
+                nn.DenseGeneral,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                precision=self.precision,
+            ),
+        )
+
+    def _projected(
+        self, made: Projections, q: Array, k: Array, v: Array
+    ) -> tuple[Array, Array, Array]:
+        """Query [*B, T, N, H], key [*B, S, K, H] and value [*B, S, K, h]."""
+        query, key, value = made.of(
+            q,
+            k,
+            v,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
-            use_bias=self.use_bias,
-            precision=self.precision,
             dot_general=self.qkv_dot_general,
             dot_general_cls=self.qkv_dot_general_cls,
         )
-        H, K = features // self.num_heads, self.num_kv_heads or self.num_heads
-        query = dense(features=(self.num_heads, H), name="query")(q)
-        key = dense(features=(K, H), name="key")(k)
-        value = dense(features=(K, H), name="value")(v)
-        if not self.normalize_qk:
-            return query, key, value
-        norm = functools.partial(
-            nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        return norm(name="query_ln")(query), norm(name="key_ln")(key), value
-
-    def _out(self, x: Float[Array, "*B T N H"], features: int) -> Array:
-        return nn.DenseGeneral(
-            features=features,
-            axis=(-2, -1),
-            kernel_init=self.out_kernel_init or self.kernel_init,
-            bias_init=self.out_bias_init or self.bias_init,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            dot_general=self.out_dot_general,
-            dot_general_cls=self.out_dot_general_cls,
-            name="out",
-        )(x)
-
-    def _hooked(
-        self, query: Array, key: Array, placed: tuple[Array, Array], slot: Slot | None
-    ) -> tuple[Array, Array]:
-        """Query and key as the hook leaves them; new keys stand where queries do."""
-        if self.query_key_hook is None:
-            return query, key
-        at = placed if slot is None else (placed[0], placed[0])
-        return self.query_key_hook(query, key, *at)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return *normalized(self.normalize_qk, query, key, **dtypes), value
 
     def _dropout(
         self, deterministic: bool | None, rng: Array | None
@@ -349,68 +312,8 @@ class MultiHeadAttention(nn.Module):
             return 0.0, None
         return self.dropout_rate, self.make_rng("dropout") if rng is None else rng
 
-    def _context(
-        self,
-        inputs_q: Array,
-        inputs_k: Array,
-        standing: tuple[Array, Array],
-        offset: int | Array | None,
-        slot: Slot | None,
-        *,
-        pair: Any,
-        coordinates: tuple[Any, Any],
-    ) -> BiasContext:
-        """What bias modules see; refuses what none of them reads."""
-        read = read_by(self.bias)
-        named = dict(zip(COORDINATES, coordinates, strict=True))
-        for name, x in {"pair": pair, **named}.items():
-            asked = "coordinates" if name in named else name
-            if x is not None and asked not in read:
-                raise ValueError(
-                    f"`{name}` must be read by the layer's `bias`; got one that does "
-                    f"not. Leave `{name}` out, or add a module that reads it."
-                )
-        batch = inputs_q.shape[:-2]
-        if offset is not None and not isinstance(offset, int) and offset.ndim == 0:
-            offset = offset.reshape((1,) * len(batch))
-        at_queries, at_keys = standing
-        if slot is not None:
-            at_keys = _counted(slot.max_length, len(batch))
-        of_queries, of_keys = coordinates
-        if of_keys is None and of_queries is not None and inputs_k is inputs_q:
-            of_keys = of_queries
-            if self.decode:
-                of_queries = jnp.broadcast_to(
-                    of_queries, (*batch, *jnp.shape(of_queries)[-2:])
-                )
-                of_keys = cached(self, "cached_coordinates", of_queries, slot)
-        return BiasContext(
-            inputs_q,
-            inputs_k,
-            self.num_heads,
-            at_queries,
-            at_keys,
-            offset,
-            pair=pair,
-            query_coordinates=of_queries,
-            key_coordinates=of_keys,
-            decode=self.decode,
-            slot=slot,
-            layer=self,
-        )
-
-    def _check_fading(self, bias: Any, mask: Any) -> None:
-        """Refuses gates under which keys after a query, and they alone, never fade."""
-        window = self.local_window_size
-        ends = isinstance(window, tuple | list) and window[-1] == 0
-        if self.is_causal or self.decode or ends or mask is not None:
-            return
-        if any(term.fades for term in terms_of(bias)):
-            raise ValueError(
-                "`bias`: a ForgetGate fades what comes before a query, not what comes "
-                "after; got is_causal=False, no window that ends at the query and no "
-                "mask. Write `MultiHeadAttention(..., is_causal=True)`."
-            )
+    def _sown(self, weights: Float[Array, "*B N T S"]) -> None:
+        self.sow("intermediates", "attention_weights", weights)
 
     def _check(self) -> None:
         """Refuses what flax has and no kernel can do, and heads that do not divide."""
@@ -426,65 +329,3 @@ class MultiHeadAttention(nn.Module):
                 f"`num_kv_heads` must divide num_heads = {self.num_heads}; got {K}. "
                 "Query head n reads key head n // (num_heads // num_kv_heads)."
             )
-
-
-COORDINATES = ("query_coordinates", "key_coordinates")
-
-
-def _inputs(
-    q: Array, k: Array | None, v: Array | None, kv: Array | None
-) -> tuple[Array, Array]:
-    """The inputs of key and value."""
-    if kv is not None:
-        if k is not None or v is not None:
-            raise ValueError(
-                "`inputs_kv` excludes `inputs_k` and `inputs_v`; got both. Give "
-                "`inputs_k` alone."
-            )
-        _fits("inputs_kv", kv, "inputs_q", q, q.ndim - 2)
-        return kv, kv
-    if k is None and v is not None:
-        raise ValueError(
-            "`inputs_k` must be given with `inputs_v`; got None. Give the value's "
-            "inputs as `inputs_k` to use them for both."
-        )
-    k = q if k is None else k
-    v = k if v is None else v
-    _fits("inputs_k", k, "inputs_q", q, q.ndim - 2)
-    _fits("inputs_v", v, "inputs_k", k, k.ndim - 1)
-    return k, v
-
-
-def _fits(name: str, x: Array, other: str, y: Array, shared: int) -> None:
-    """Refuses what is no sequence of inputs, as a mask given by its place."""
-    if x.dtype == bool or x.ndim != y.ndim or x.shape[:shared] != y.shape[:shared]:
-        raise ValueError(
-            f"`{name}` must be floating [*B, S, features], its first {shared} axes "
-            f"those of `{other}`, {y.shape[:shared]}; got {kind(x)}. A mask is given "
-            "by name: `mask=...`."
-        )
-
-
-def _standing(
-    given: tuple[Array | None, Array | None], offset: int | Array, sizes: Sizes
-) -> tuple[Int[Array, "*#B #N T"], Int[Array, "*#B #N S"]]:
-    """The positions of queries and keys, written out."""
-    batch = len(sizes.leading)
-
-    def full(x: Array) -> Array:
-        return x.reshape((1,) * (batch + 2 - x.ndim) + x.shape)
-
-    q, k = given
-    queries = _counted(sizes.T, batch)
-    if isinstance(offset, int):
-        queries = queries + jnp.int32(offset)
-    else:
-        queries = queries + full(offset[..., None, None])
-    return (
-        queries if q is None else full(q),
-        _counted(sizes.S, batch) if k is None else full(k),
-    )
-
-
-def _counted(length: int, batch: int) -> Int[Array, "*#B #N L"]:
-    return jnp.arange(length, dtype=jnp.int32).reshape((1,) * (batch + 1) + (length,))

@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from pallas_attn.bias.builders import squared_distance_factors
 from pallas_attn.bias.factored import FactoredBias
-from pallas_attn.linen.bias import at_positions, BiasContext, BiasModule, coordinates
+from pallas_attn.layers.context import BiasContext, coordinates
+from pallas_attn.linen.bias import at_positions, BiasModule
 from pallas_attn.linen.neural_factors import NeuralFactors
 from pallas_attn.rules import known, wrong_shape
 

@@ -10,7 +10,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from pallas_attn.bias import forget_gate
-from pallas_attn.linen.bias import BiasContext, BiasModule
+from pallas_attn.layers.context import BiasContext
+from pallas_attn.linen.bias import BiasModule
 
 
 class ForgetGate(BiasModule):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_attn.bias.dense import DenseBias
-from pallas_attn.linen.bias import BiasContext, BiasModule
+from pallas_attn.layers.context import BiasContext
+from pallas_attn.linen.bias import BiasModule
 from pallas_attn.rules import array, floating, wrong_shape
 
 

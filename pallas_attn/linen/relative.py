@@ -11,8 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.layers.context import BiasContext
 from pallas_attn.layers.relative import t5_buckets, toeplitz
-from pallas_attn.linen.bias import at_positions, BiasContext, BiasModule
+from pallas_attn.linen.bias import at_positions, BiasModule
 from pallas_attn.rules import known
 
 
