@@ -17,7 +17,7 @@ class OutputGate(nn.Module):
     An `output_hook` of `MultiHeadAttention`.
 
     Args:
-        per_head: One gate for each head and token; False: one for each of the h entries.
+        per_head: One gate for a head; False: one for each of its h entries.
         use_bias: Whether there is c.
         kernel_init: Of W, the parameter "gate" [features, N, h], or [features, N, 1].
         bias_init: Of c. AlphaFold's gates start open: kernel 0, bias 1.
