@@ -38,7 +38,6 @@ class Layer(Protocol):
     dtype: Any
     broadcast_dropout: bool
     precision: Any
-    decode: bool
     is_causal: bool
     local_window_size: int | tuple[int, int] | None
     logits_soft_cap: float | None
@@ -152,7 +151,9 @@ def attend(
         ValueError: if an argument of `dot_product_attention` is wrong, or keys after a
             query would never fade.
     """
-    _refuse_unfading(layer, bias, given.mask)
+    causal = layer.is_causal or context.decode
+    if not causal and given.mask is None:
+        _refuse_unfading(layer, bias)
     slot, (rate, rng) = context.slot, dropout
     query, key, value = promote_dtype(
         context.query, context.key, context.value, dtype=layer.dtype
@@ -164,7 +165,7 @@ def attend(
         bias,
         truth(given.mask),
         scale=layer.scale,
-        is_causal=layer.is_causal or layer.decode,
+        is_causal=causal,
         query_seq_lengths=given.query_seq_lengths,
         key_value_seq_lengths=given.key_value_seq_lengths,
         local_window_size=layer.local_window_size,
@@ -197,13 +198,11 @@ def _offset(given: Conditions, slot: Slot | None) -> Any:
     return given.query_offset if slot is None else slot.index
 
 
-def _refuse_unfading(layer: Layer, bias: Any, mask: Any) -> None:
+def _refuse_unfading(layer: Layer, bias: Any) -> None:
     """Refuses gates under which keys after a query, and they alone, never fade."""
     window = layer.local_window_size
     ends = isinstance(window, tuple | list) and window[-1] == 0
-    if layer.is_causal or layer.decode or ends or mask is not None:
-        return
-    if any(term.fades for term in terms_of(bias)):
+    if not ends and any(term.fades for term in terms_of(bias)):
         raise ValueError(
             "`bias`: a ForgetGate fades what comes before a query, not what comes "
             "after; got is_causal=False, no window that ends at the query and no "

@@ -179,6 +179,19 @@ def taken(
     return slot, index + jnp.int32(sizes.T) if shared else slot.following
 
 
+def check_new(sizes: Sizes) -> None:
+    """New keys are those of the new queries' tokens.
+
+    Raises:
+        ValueError: if they are not as many.
+    """
+    if sizes.T != sizes.S:
+        raise ValueError(
+            "`inputs_k` must have the length of `inputs_q` where `decode` is True; "
+            f"got {sizes.S} and {sizes.T}. The cache has the keys before."
+        )
+
+
 def refuse_places(query_offset: Any, **others: Any) -> None:
     """Refuses what the index of the cache says of tokens while decoding.
 

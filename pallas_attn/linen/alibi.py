@@ -10,9 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from pallas_attn.bias import alibi, co_alibi
+from pallas_attn.layers import penalties
 from pallas_attn.layers.context import BiasContext
 from pallas_attn.linen.bias import BiasModule
-from pallas_attn.rules import known, wrong_shape
 
 
 class ALiBi(BiasModule):
@@ -98,20 +98,8 @@ def _slopes(
     module: ALiBi | CoALiBi, num_heads: int, default: Callable[[int], Array]
 ) -> Float[Array, " N"]:
     """Fixed slopes, or those of the parameter."""
-    if module.slopes is None:
-        slopes = default(num_heads)
-    else:
-        slopes = jnp.asarray(module.slopes, jnp.float32)
-        if slopes.shape != (num_heads,):
-            rule = f"[num_heads] = [{num_heads}]"
-            wrong_shape("slopes", slopes, rule, "Give one slope per head.")
-    if not module.learned:
+    learned = module.learned
+    slopes = penalties.slopes(module.slopes, num_heads, default, learned=learned)
+    if not learned:
         return slopes
-    given = None if module.slopes is None else known(module.slopes)
-    if given is not None and not (given > 0).all():
-        raise ValueError(
-            f"`slopes` must be positive where `learned` is True; got {given.min()}. "
-            "Learned slopes are exponentials; fixed ones may be 0 or rewards."
-        )
-    first = lambda key: jnp.log(slopes)
-    return jnp.exp(module.param("log_slopes", first))
+    return jnp.exp(module.param("log_slopes", lambda key: jnp.log(slopes)))

@@ -20,10 +20,16 @@ from pallas_attn.layers.attention import (
     OutputHook,
     QueryKeyHook,
 )
+from pallas_attn.layers.fields import (
+    check_key_heads,
+    check_sink,
+    head_dim,
+    with_bias,
+)
 from pallas_attn.layers.inputs import key_value_inputs
 from pallas_attn.linen.bias import bias_value, read_by
 from pallas_attn.linen.cache import Variables
-from pallas_attn.linen.projections import normalized, Projections, with_bias
+from pallas_attn.linen.projections import normalized, Projections
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.rules import kind
@@ -254,29 +260,17 @@ class MultiHeadAttention(nn.Module):
     def _normalizer(self) -> Softmax | Entmax:
         if not self.sink:
             return self.normalizer
-        given = self.normalizer
-        if not isinstance(given, Softmax) or given.sink is not None:
-            raise ValueError(
-                "`sink=True` is a learned sink of `Softmax()`; got `normalizer` "
-                f"{given!r}. Leave one of them out."
-            )
+        check_sink(self.normalizer)
         zeros = nn.initializers.zeros_init()
         return Softmax(self.param("sink", zeros, (self.num_heads,), self.param_dtype))
 
     def _projections(self, features: int) -> Projections:
-        features = self.qkv_features or features
-        if features % self.num_heads:
-            raise ValueError(
-                "`num_heads` must divide `qkv_features` (by default the features of "
-                f"inputs_q); got {self.num_heads} heads and {features} features. Give "
-                "`qkv_features`."
-            )
-        head_dim = features // self.num_heads
+        H = head_dim(self.num_heads, self.qkv_features or features)
         return Projections(
             heads=self.num_heads,
             key_heads=self.num_kv_heads or self.num_heads,
-            head_dim=head_dim,
-            value_dim=self.value_dim or head_dim,
+            head_dim=H,
+            value_dim=self.value_dim or H,
             biased=with_bias(self.use_bias),
             dense=functools.partial(
                 nn.DenseGeneral,
@@ -323,9 +317,4 @@ class MultiHeadAttention(nn.Module):
                     f"`{name}` cannot be honoured: the kernels make both products; got "
                     f"{kind(getattr(self, name))}. Leave it None."
                 )
-        K = self.num_kv_heads
-        if K is not None and (K < 1 or self.num_heads % K):
-            raise ValueError(
-                f"`num_kv_heads` must divide num_heads = {self.num_heads}; got {K}. "
-                "Query head n reads key head n // (num_heads // num_kv_heads)."
-            )
+        check_key_heads(self.num_heads, self.num_kv_heads)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from types import FunctionType
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Int, Shaped
 
-from pallas_attn.bias.base import as_bias, Bias, Sum, terms_of
+from pallas_attn.bias.base import Bias, terms_of
+from pallas_attn.layers.bias import (
+    check_given,
+    check_made,
+    inputs_read,
+    total,
+    value_of,
+)
 from pallas_attn.layers.context import BiasContext
-from pallas_attn.rules import kind
 
 
 class BiasModule(nn.Module):
@@ -78,9 +77,7 @@ class BiasSum(BiasModule):
 
     def __call__(self, context: BiasContext) -> Bias:
         """The sum of the terms' values."""
-        values = [bias_value(f"bias.terms[{i}]", term, context)
-                  for i, term in enumerate(self.terms)]  # fmt: skip
-        return functools.reduce(operator.add, values, Sum(()))
+        return total(self.terms, lambda name, term: bias_value(name, term, context))
 
 
 def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
@@ -91,20 +88,10 @@ def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
     """
     if isinstance(bias, BiasModule):
         made = bias(context)
-        if not isinstance(made, Bias | np.ndarray | jax.Array | None):
-            raise TypeError(
-                f"`{name}`, {kind(bias)}, must return a bias value or an array; got "
-                f"{kind(made)}."
-            )
+        check_made(name, bias, made)
         return made
-    # flax makes tuples of lists
-    if isinstance(bias, nn.Module | type | FunctionType | list | tuple):
-        raise TypeError(
-            f"`{name}` must be a bias; got {kind(bias)}. Give a bias value, an array, "
-            "a bias module (a BiasModule), or a sum of them, `a + b`."
-        )
-    value = as_bias(bias)
-    return value if context.slot is None else context.slot.rows(value)
+    check_given(name, bias, nn.Module)
+    return value_of(bias, context)
 
 
 def read_by(bias: Any) -> frozenset[str]:
@@ -113,26 +100,7 @@ def read_by(bias: Any) -> frozenset[str]:
         return frozenset().union(*(read_by(term) for term in bias.terms))
     if not isinstance(bias, BiasModule):
         return frozenset()
-    positions = getattr(bias, "position_unit", None) is not None
-    return frozenset(bias.reads) - ({"coordinates"} if positions else frozenset())
-
-
-def at_positions(
-    table: Shaped[Array, "L N *rest"], positions: Int[Array, "*#B #N T"]
-) -> Shaped[Array, "*#B T #N *rest"]:
-    """Rows of a table where tokens stand, N = 1 shared; NaN where there is no row."""
-    length, heads = table.shape[:2]
-    inside = jnp.where(positions < 0, length, positions)
-    if positions.shape[-2] == 1:  # heads stand in the same places: one read for all
-        return table.at[inside[..., 0, :]].get(mode="fill", fill_value=jnp.nan)
-    if heads == 1:
-        found = table[:, 0].at[inside].get(mode="fill", fill_value=jnp.nan)
-    else:
-        head = jnp.arange(heads, dtype=jnp.int32)
-        head = head.reshape(*(1 for _ in positions.shape[:-2]), heads, 1)
-        head = jnp.broadcast_to(head, inside.shape)
-        found = table.at[inside, head].get(mode="fill", fill_value=jnp.nan)
-    return jnp.moveaxis(found, positions.ndim - 2, positions.ndim - 1)
+    return inputs_read(bias)
 
 
 def _terms(x: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Shaped
 
-from pallas_attn.layers.cache import Slot, taken
+from pallas_attn.layers.cache import check_new, Slot, taken
 from pallas_attn.shapes import Sizes
 
 
@@ -26,11 +26,7 @@ class Variables:
     def slot(self, sizes: Sizes, lengths: Any) -> Slot | None:
         """Where the new tokens go; None while the cache is made."""
         layer = self.layer
-        if sizes.T != sizes.S:
-            raise ValueError(
-                "`inputs_k` must have the length of `inputs_q` where `decode` is True; "
-                f"got {sizes.S} and {sizes.T}. The cache has the keys before."
-            )
+        check_new(sizes)
         there = layer.has_variable("cache", "cached_key")
         if not there and not layer.is_initializing():
             raise ValueError(

@@ -10,10 +10,11 @@ from jaxtyping import Array
 
 from pallas_attn.bias.builders import squared_distance_factors
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.layers import penalties
 from pallas_attn.layers.context import BiasContext, coordinates
-from pallas_attn.linen.bias import at_positions, BiasModule
+from pallas_attn.layers.factors import aligned, check_positions, of_positions
+from pallas_attn.linen.bias import BiasModule
 from pallas_attn.linen.neural_factors import NeuralFactors
-from pallas_attn.rules import known, wrong_shape
 
 
 class LearnedFactoredBias(BiasModule):
@@ -61,42 +62,10 @@ class LearnedFactoredBias(BiasModule):
         """The factors of the call's positions."""
         heads = 1 if self.shared else context.num_heads
         shape = (self.max_length, heads, self.rank)
-        self._check(context)
+        check_positions(context, self.max_length)
         q = self.param("q_factor", self.q_factor_init, shape, self.param_dtype)
         k = self.param("k_factor", self.k_factor_init, shape, self.param_dtype)
-        if isinstance(context.offset, int):
-            first, ones = context.offset, (1,) * len(context.batch)
-            sides = q[first : first + context.T], k[: context.S]
-            return FactoredBias(*(x.reshape(*ones, *x.shape) for x in sides))
-        return FactoredBias(
-            at_positions(q, context.query_positions),
-            at_positions(k, context.key_positions),
-        )
-
-    def _check(self, context: BiasContext) -> None:
-        """Positions that are known have a row; those of padding in a cache may not."""
-        if context.offset is not None and self.max_length < context.S:
-            raise ValueError(
-                f"`max_length` must be at least the {context.S} positions of the keys; "
-                f"got {self.max_length}. Make the bias for the longest input."
-            )
-        if isinstance(context.offset, int):
-            ends = {"query_offset": (context.offset, context.offset + context.T - 1)}
-        else:
-            ends = {
-                name: (int(found.min()), int(found.max()))
-                for name in ("query_positions", "key_positions")
-                if not context.decode
-                and (found := known(getattr(context, name))) is not None
-                and found.size
-            }
-        for name, (first, last) in ends.items():
-            if first < 0 or last >= self.max_length:
-                raise ValueError(
-                    f"`{name}` must keep positions in 0..max_length - 1 = "
-                    f"{self.max_length - 1}; got {first}..{last}. Make the bias for "
-                    "the longest input."
-                )
+        return of_positions(q, k, context)
 
 
 class NeuralFactoredBias(BiasModule):
@@ -143,7 +112,7 @@ class NeuralFactoredBias(BiasModule):
         networks = NeuralFactors(
             context.num_heads, self.rank, self.hidden, name="factors"
         )
-        return _aligned(networks(*points), context)
+        return aligned(networks(*points), context)
 
 
 class SquaredDistanceBias(BiasModule):
@@ -190,32 +159,10 @@ class SquaredDistanceBias(BiasModule):
         """The factors of the call's points."""
         points = coordinates(context, self.position_unit)
         bias = squared_distance_factors(*points, self._weights(context.num_heads))
-        return _aligned(bias, context)
+        return aligned(bias, context)
 
     def _weights(self, num_heads: int) -> Array:
-        weights = jnp.asarray(1.0 if self.weights is None else self.weights)
-        weights = weights.astype(jnp.float32)
-        if weights.shape not in ((), (num_heads,)):
-            rule = f"[num_heads] = [{num_heads}]"
-            wrong_shape("weights", weights, rule, "Give one weight per head.")
-        weights = jnp.broadcast_to(weights, (num_heads,))
+        weights = penalties.weights(self.weights, num_heads, learned=self.learned)
         if not self.learned:
             return weights
-        given = None if self.weights is None else known(self.weights)
-        if given is not None and not (given > 0).all():
-            raise ValueError(
-                "`weights` must be positive where `learned` is True; got "
-                f"{given.min()}. Learned weights are exponentials."
-            )
         return jnp.exp(self.param("log_weights", lambda key: jnp.log(weights)))
-
-
-def _aligned(bias: FactoredBias, context: BiasContext) -> FactoredBias:
-    """Factors with the leading axes of the inputs."""
-    rank = len(context.batch) + 3
-
-    def fit(x: Array) -> Array:
-        excess = max(x.ndim - rank, 0)
-        return x.reshape((1,) * (rank - x.ndim) + x.shape[excess:])
-
-    return FactoredBias(fit(bias.q_factor), fit(bias.k_factor))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
 
 from pallas_attn.bias import forget_gate
 from pallas_attn.layers.context import BiasContext
+from pallas_attn.layers.gates import decaying, forgetting
 from pallas_attn.linen.bias import BiasModule
 
 
@@ -60,7 +59,7 @@ class ForgetGate(BiasModule):
         N, inputs = context.num_heads, context.inputs_kv
         bias_init = nn.initializers.zeros_init()
         if self.decay_times is not None:
-            bias_init = _decay(self.decay_times)
+            bias_init = decaying(self.decay_times)
         if self.data_dependent:
             logits = nn.Dense(
                 N,
@@ -73,21 +72,4 @@ class ForgetGate(BiasModule):
         else:
             logits = self.param("gate_bias", bias_init, (N,), self.param_dtype)
             logits = jnp.broadcast_to(logits, (*inputs.shape[:-1], N))
-        log_gate = jax.nn.log_sigmoid(logits.astype(jnp.float32))
-        return forget_gate.ForgetGate(context.kept(self, "cached_log_gate", log_gate))
-
-
-def _decay(times: tuple[float, float]) -> Any:
-    """An initialiser with exp(-1 / time) = sigmoid(c), so c = -log(exp(1/time) - 1)."""
-    if len(times) != 2 or not all(time > 0 for time in times):
-        raise ValueError(
-            f"`decay_times` must be (first, last), both positive; got {times}. They "
-            "count tokens."
-        )
-
-    def init(key: Any, shape: tuple[int], dtype: Any) -> Float[Array, " N"]:
-        first, last = (jnp.log(jnp.float32(time)) for time in times)
-        time = jnp.exp(jnp.linspace(first, last, shape[0], dtype=jnp.float32))
-        return -jnp.log(jnp.expm1(1 / time)).astype(dtype)
-
-    return init
+        return forgetting(self, logits, context)

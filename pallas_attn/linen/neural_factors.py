@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
+from pallas_attn.layers.factors import points
 from pallas_attn.rules import array, floating, static_int, wrong_shape
 
 
@@ -98,7 +99,7 @@ class NeuralFactors(nn.Module):
         sides = {"query": ("x_q", x_q), "key": ("x_k", x_k)}
         query, key = (
             _Side(self.num_heads, self.rank, self.hidden, self.activation, name=side)(
-                _points(*given)
+                points(*given)
             )
             for side, given in sides.items()
         )
@@ -227,16 +228,6 @@ def product(bias: FactoredBias) -> Float[Array, "*#B N T S"]:
     """A product of factors, with any leading axes."""
     q, k = (jnp.swapaxes(x, -3, -2) for x in (bias.q_factor, bias.k_factor))
     return jnp.matmul(q, jnp.swapaxes(k, -1, -2), precision="highest")
-
-
-def _points(name: str, x: Any) -> Float[Array, "*#B L d"]:
-    found = array(name, x)
-    floating(name, found, "Cast it: `.astype(jnp.float32)`.")
-    if found.ndim < 2:
-        rule = f"[..., {'T' if name == 'x_q' else 'S'}, d]"
-        wrong_shape(name, found, rule, "Points on a line have d = 1: `x[:, None]`.")
-    found = found[None] if found.ndim == 2 else found
-    return found.astype(jnp.float32)
 
 
 def _scaled(variables: Any, factor: Float[Array, " N"]) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.linear import default_kernel_init
 from jaxtyping import Array, Float
+
+from pallas_attn.layers.gates import gated
 
 
 class OutputGate(nn.Module):
@@ -74,4 +75,4 @@ class OutputGate(nn.Module):
             precision=self.precision,
             name="gate",
         )(inputs_q)
-        return output * jax.nn.sigmoid(logits).astype(output.dtype)
+        return gated(output, logits)

@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.layers.context import BiasContext
+from pallas_attn.layers.pair import of_heads, pair_of
 from pallas_attn.linen.bias import BiasModule
-from pallas_attn.rules import array, floating, wrong_shape
 
 
 class PairBias(BiasModule):
@@ -55,24 +55,10 @@ class PairBias(BiasModule):
     @nn.compact
     def __call__(self, context: BiasContext) -> DenseBias:
         """The bias of the call's pair representation."""
-        if context.pair is None:
-            raise ValueError(
-                "`pair` must be given to the layer's call, for its bias is a PairBias; "
-                "got None. Pass `pair` [*A, T, S, channels]."
-            )
-        pair = array("pair", context.pair)
-        floating("pair", pair, "Cast it: `.astype(jnp.float32)`.")
-        leading, T, S = pair.shape[:-3], context.T, context.S
-        first = context.batch[: len(leading)]
-        fits = len(leading) == len(first) and all(
-            m in (1, n) for m, n in zip(leading, first, strict=True)
-        )
-        if pair.ndim < 3 or pair.shape[-3:-1] != (T, S) or not fits:
-            rule = f"[*#A, T, S, channels] = [*#A, {T}, {S}, channels]"
-            advice = f"*A are the first of the inputs' leading axes {context.batch}."
-            wrong_shape("pair", pair, rule, advice)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = nn.LayerNorm(epsilon=self.epsilon, name="layer_norm", **kinds)(pair)
+        x = nn.LayerNorm(epsilon=self.epsilon, name="layer_norm", **kinds)(
+            pair_of(context)
+        )
         x = nn.Dense(
             context.num_heads,
             use_bias=False,
@@ -80,6 +66,4 @@ class PairBias(BiasModule):
             name="linear",
             **kinds,
         )(x)
-        shared = (1,) * (len(context.batch) - len(leading))
-        x = jnp.moveaxis(x, -1, -3)
-        return DenseBias(x.reshape(*leading, *shared, *x.shape[-3:]))
+        return of_heads(x, context)

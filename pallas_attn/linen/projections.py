@@ -13,9 +13,6 @@ from jaxtyping import Array, Float
 from pallas_attn.rules import kind
 
 
-NAMES = ("query", "key", "value", "out")
-
-
 @dataclass(frozen=True)
 class Projections:
     """The products of a layer that is being called; parameters are flax's.
@@ -58,22 +55,6 @@ class Projections:
     def _made(self, name: str, features: Any, x: Array, **fields: Any) -> Array:
         own = {"features": features, "use_bias": name in self.biased, "name": name}
         return self.dense(**own, **fields)(x)
-
-
-def with_bias(use_bias: Any) -> frozenset[str]:
-    """The projections that have a bias, of a bool or some of their names.
-
-    Raises:
-        ValueError: if a name is none of theirs.
-    """
-    if isinstance(use_bias, bool):
-        return frozenset(NAMES if use_bias else ())
-    if isinstance(use_bias, str) or not set(use_bias) <= set(NAMES):
-        raise ValueError(
-            f"`use_bias` must be a bool, or some of {NAMES}; got {use_bias!r}. "
-            "`use_bias=('out',)` gives the output alone a bias."
-        )
-    return frozenset(use_bias)
 
 
 def normalized(
