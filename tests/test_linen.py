@@ -10,28 +10,25 @@ import pytest
 from flax import linen as nn
 
 import pallas_attn
-from pallas_attn import DenseBias, Entmax, FactoredBias
+from pallas_attn import DenseBias, Entmax
 from pallas_attn.linen import (
     ALiBi,
     BiasModule,
     CoALiBi,
     ForgetGate,
-    LearnedFactoredBias,
     MultiHeadAttention,
-    NeuralFactoredBias,
-    PairBias,
     RelativePositionBias,
     SquaredDistanceBias,
-    WindowRelativePositionBias,
 )
 from pallas_attn.testing.evaluate import SMALL, widened
+from pallas_attn.testing.layers import B, BIASES, both, F, K, LENGTH, N, nothing
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
 EXACT: dict[str, Any] = {"precision": HIGHEST}
 OURS: dict[str, Any] = {**EXACT, "implementation": "xla"}
-B, T, S, N, K, F = 2, 37, 53, 4, 2, 32
+T, S = 37, 53
 
 
 def losses(layer, params, *inputs, **conditions):
@@ -272,32 +269,7 @@ def test_a_rotary_hook_sees_positions_and_has_parameters(getkey):
     assert not np.allclose(here, layer.clone(query_key_hook=None).apply(variables, x))
 
 
-# The cache. LENGTH tokens fit; a window of Swin has as many places.
-LENGTH, WINDOW = 12, (3, 4)
-
-
-def pairs(key):
-    return {"pair": jax.random.normal(key, (B, LENGTH, LENGTH, 5))}
-
-
-def points(key):
-    return {"query_coordinates": jax.random.normal(key, (B, LENGTH, 2))}
-
-
-def both(key):
-    return pairs(key) | points(key)
-
-
-def nothing(key):
-    return {}
-
-
-def value(bias):
-    """A bias value of LENGTH queries and keys."""
-    key = jax.random.key(7)
-    q, k = jax.random.normal(key, (2, 1, LENGTH, N, 3))
-    dense = jax.random.normal(key, (B, 1, LENGTH, LENGTH))
-    return {"dense": DenseBias(dense), "factored": FactoredBias(q, k) + dense}[bias]
+# The cache.
 
 
 class Importance(BiasModule):
@@ -310,26 +282,9 @@ class Importance(BiasModule):
         return DenseBias(jnp.swapaxes(of_key, -1, -2)[..., None, :])
 
 
-normal = nn.initializers.normal(1.0)
 DECODED: dict[str, Any] = {
-    "none": (None, nothing),
-    "alibi": (ALiBi(learned=True), nothing),
-    "co_alibi": (CoALiBi(learned=True), nothing),
-    "t5": (RelativePositionBias(8, 10, bidirectional=False), nothing),
-    "swin": (WindowRelativePositionBias(WINDOW, table_init=normal), nothing),
-    "swin_v2": (WindowRelativePositionBias(WINDOW, continuous=True), nothing),
-    "pair": (PairBias(), pairs),
-    "factored": (LearnedFactoredBias(3, LENGTH, k_factor_init=normal), nothing),
-    "neural": (NeuralFactoredBias(3, (8,)), points),
-    "squared": (SquaredDistanceBias(), points),
-    "squared_positions": (SquaredDistanceBias(position_unit=4.0), nothing),
-    "forget": (ForgetGate(kernel_init=normal), nothing),
-    "forget_heads": (ForgetGate(data_dependent=False, decay_times=(2, 9)), nothing),
-    "sum": (ALiBi() + PairBias() + ForgetGate() + SquaredDistanceBias(), both),
-    "own": (Importance(), nothing),
-    "value": (value("dense"), nothing),
-    "values": (ALiBi() + value("factored"), nothing),
-}
+    name: (twins.linen, twins.inputs) for name, twins in BIASES.items()
+} | {"own": (Importance(), nothing)}
 
 
 # Modules that make something of the layer's keys, or could.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
@@ -46,6 +46,21 @@ class Layer(Protocol):
     scale: float | None
     implementation: Implementation | Sequence[Implementation] | None
     config: Config | None
+
+
+class Named(TypedDict, total=False):
+    """The conditions of a call but for its mask: for type checkers alone."""
+
+    query_seq_lengths: Int[Array, "*B"] | None
+    key_value_seq_lengths: Int[Array, "*B"] | None
+    query_segment_ids: Int[Array, "*B T"] | None
+    key_segment_ids: Int[Array, "*B S"] | None
+    query_positions: Any
+    key_positions: Any
+    query_offset: Any
+    pair: Any
+    query_coordinates: Any
+    key_coordinates: Any
 
 
 @dataclass(frozen=True)
