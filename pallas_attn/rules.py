@@ -118,3 +118,15 @@ def kind(x: Any) -> str:
         return f"{x!r}"
     name = type(x).__name__
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
+
+
+def library_of(x: Any) -> str | None:
+    """Of a module of flax, "linen" or "nnx"; flax is not imported for it."""
+    for base in type(x).__mro__:
+        for library in ("linen", "nnx"):
+            if (
+                base.__name__ == "Module"
+                and base.__module__ == f"flax.{library}.module"
+            ):
+                return library
+    return None

@@ -17,6 +17,7 @@ from pallas_attn.rules import (
     array,
     floating,
     kind,
+    library_of,
     shape,
     shape_from_the_right,
     wrong_shape,
@@ -57,10 +58,11 @@ def _instead(x: Any) -> str:
     """What to give for a thing that is no bias."""
     if isinstance(x, list | tuple):
         return "Add biases up, `a + b`; of numbers jnp.asarray makes an array."
-    if any(c.__module__.startswith("flax.linen") for c in type(x).__mro__):
+    library = library_of(x)
+    if library is not None:
         return (
             "That is a module: modules are the bias of "
-            "pallas_attn.linen.MultiHeadAttention. Give a value, such as "
+            f"pallas_attn.{library}.MultiHeadAttention. Give a value, such as "
             "`pallas_attn.ALiBi(slopes)`."
         )
     if hasattr(x, "get_value"):  # of flax.nnx

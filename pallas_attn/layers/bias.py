@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_attn.bias.base import as_bias, Bias, Sum
 from pallas_attn.layers.context import BiasContext
-from pallas_attn.rules import kind
+from pallas_attn.rules import kind, library_of
 
 
 def check_made(name: str, module: Any, made: Any) -> None:
@@ -29,19 +29,25 @@ def check_made(name: str, module: Any, made: Any) -> None:
         )
 
 
-def check_given(name: str, bias: Any, modules: type) -> None:
+def check_given(name: str, bias: Any, library: str) -> None:
     """What a layer has is a value or an array, where it is no bias module.
 
     Args:
         name: The argument.
         bias: What the layer has.
-        modules: The class of modules, which are none.
+        library: Of the layer, "linen" or "nnx".
 
     Raises:
         TypeError: if it is neither.
     """
+    found = library_of(bias)
+    if found not in (None, library):
+        raise TypeError(
+            f"`{name}` must be a bias of pallas_attn.{library}; got {kind(bias)} of "
+            f"flax.{found}. Modules have the same names in both."
+        )
     # flax makes tuples of lists
-    if isinstance(bias, modules | type | FunctionType | list | tuple):
+    if found or isinstance(bias, type | FunctionType | list | tuple):
         raise TypeError(
             f"`{name}` must be a bias; got {kind(bias)}. Give a bias value, an array, "
             "a bias module (a BiasModule), or a sum of them, `a + b`."

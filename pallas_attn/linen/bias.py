@@ -90,7 +90,7 @@ def bias_value(name: str, bias: Any, context: BiasContext) -> Bias:
         made = bias(context)
         check_made(name, bias, made)
         return made
-    check_given(name, bias, nn.Module)
+    check_given(name, bias, "linen")
     return value_of(bias, context)
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn, nnx
+from flax import nnx
 
 from pallas_attn.bias.base import Bias, terms_of
 from pallas_attn.layers.bias import (
@@ -105,12 +105,7 @@ def held(name: str, bias: Any) -> Any:
         TypeError: if it is none.
     """
     if bias is not None and not isinstance(bias, BiasModule):
-        if isinstance(bias, nn.Module):
-            raise TypeError(
-                f"`{name}` must be a bias of pallas_attn.nnx; got {kind(bias)} of "
-                "flax.linen. The modules have the same names in both."
-            )
-        check_given(name, bias, nnx.Module)
+        check_given(name, bias, "nnx")
     return nnx.data(jax.tree.map(_array, bias, is_leaf=_is_node))
 
 

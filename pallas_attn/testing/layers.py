@@ -71,11 +71,6 @@ BIASES: dict[str, Twins] = {
     "alibi": Twins(
         linen.ALiBi(learned=True), lambda rngs: native.ALiBi(N, learned=True), nothing
     ),
-    "alibi_fixed": Twins(
-        linen.ALiBi((0.5, 0.0, -0.1, 1.0)),
-        lambda rngs: native.ALiBi(N, [0.5, 0.0, -0.1, 1.0]),
-        nothing,
-    ),
     "co_alibi": Twins(
         linen.CoALiBi(learned=True),
         lambda rngs: native.CoALiBi(N, learned=True),
@@ -148,6 +143,8 @@ BIASES: dict[str, Twins] = {
     ),
     "value": Twins(dense(), lambda rngs: dense(), nothing),
     "values": Twins(
-        linen.ALiBi() + factored(), lambda rngs: native.ALiBi(N) + factored(), nothing
+        linen.ALiBi((0.5, 0.0, -0.1, 1.0)) + factored(),
+        lambda rngs: native.ALiBi(N, [0.5, 0.0, -0.1, 1.0]) + factored(),
+        nothing,
     ),
 }
