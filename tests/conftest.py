@@ -39,6 +39,13 @@ def getkey():
 
 
 @pytest.fixture
+def full_precision():
+    """Of modules' own products too: the default of a GPU is TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
 def retraced():
     """Calls whose tracing reads constants that the test changes: none was traced."""
     compiled.clear_cache()

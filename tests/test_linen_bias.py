@@ -27,18 +27,13 @@ from pallas_attn.linen import (
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits, assert_zero
 
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 B, T, S, N, F = 2, 7, 11, 4, 6
 EXACT: dict[str, Any] = {
     "precision": jax.lax.Precision.HIGHEST,
     "implementation": "xla",
 }
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Of the modules' own products too: the default of a GPU is TF32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def context(batch=(B,), T=T, S=S, offset=0, places=None, **more):

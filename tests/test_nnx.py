@@ -19,17 +19,12 @@ from pallas_attn.testing.layers import B, BIASES, F, K, LENGTH, N, points
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 OURS: dict[str, Any] = {
     "precision": jax.lax.Precision.HIGHEST,
     "implementation": "xla",
 }
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Of the modules' own products too: the default of a GPU is TF32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def layer_of(bias=None, rngs=None, **fields) -> Any:
@@ -201,10 +196,16 @@ def test_constructor_and_parameters_are_those_of_flax(getkey):
 
 # Learned values.
 
+
+def learned(x) -> Any:
+    """A parameter, as a field of a value."""
+    return nnx.Param(x)
+
+
 SLOPES = jnp.linspace(0.1, 0.8, N)
 PAIRS = jnp.sin(jnp.arange(N * 36, dtype=jnp.float32)).reshape(1, N, 6, 6)
 VALUES: dict[str, Any] = {
-    "field": (pallas_attn.ALiBi, SLOPES, lambda x: pallas_attn.ALiBi(nnx.Param(x))),
+    "field": (pallas_attn.ALiBi, SLOPES, lambda x: pallas_attn.ALiBi(learned(x))),
     "whole": (pallas_attn.ALiBi, SLOPES, lambda x: nnx.Param(pallas_attn.ALiBi(x))),
     "array": (pallas_attn.DenseBias, PAIRS, nnx.Param),
     "values": (
@@ -224,9 +225,9 @@ VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("value", VALUES)
 def test_variables_in_a_value_are_learned(value, getkey):
     """Eager and jitted, against the gradient of a linen layer with the value."""
-    make, leaf, learned = VALUES[value]
+    make, leaf, own = VALUES[value]
     x = jax.random.normal(getkey(), (B, 6, F))
-    ours = layer_of(learned(leaf))
+    ours = layer_of(own(leaf))
 
     def loss(ours):
         return jnp.sum(jnp.sin(ours(x)))
@@ -264,7 +265,7 @@ def test_arrays_in_a_value_are_constants(getkey):
 def test_an_alpha_of_entmax_is_learned(getkey):
     x = jax.random.normal(getkey(), (B, 6, F))
     alpha = jnp.linspace(1.2, 1.8, N)
-    layer = layer_of(normalizer=pallas_attn.Entmax(nnx.Param(alpha), top_k=3))
+    layer = layer_of(normalizer=pallas_attn.Entmax(learned(alpha), top_k=3))
     loss = lambda layer: jnp.sum(jnp.sin(layer(x)))
     got = nnx.jit(nnx.grad(loss))(layer)["normalizer"]["alpha"].get_value()
     params = params_of(layer)
@@ -581,10 +582,11 @@ def test_a_cache_without_what_the_bias_reads_is_refused():
         layer.init_cache((B, LENGTH, F))
 
 
-@pytest.mark.parametrize("other", [native.ALiBi(N), linen.ALiBi()])
-def test_modules_are_no_values(other):
+@pytest.mark.parametrize(
+    ("library", "other"), [("nnx", native.ALiBi(N)), ("linen", linen.ALiBi())]
+)
+def test_modules_are_no_values(library, other):
     q = jnp.ones((B, 6, N, 8))
-    library = "nnx" if isinstance(other, nnx.Module) else "linen"
     match = f"modules are the bias of pallas_attn.{library}.MultiHeadAttention"
     with pytest.raises(TypeError, match=match):
         pallas_attn.dot_product_attention(q, q, q, other)

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from flax import nnx
 
 import pallas_attn
 import pallas_attn.linen
+import pallas_attn.nnx
 from pallas_attn import Bias, dot_product_attention, Softmax, sparsity, visited
 from pallas_attn.api import Options
 from pallas_attn.testing.evaluate import kernel_implementation
@@ -68,6 +71,8 @@ LINEN = [
     "WindowRelativePositionBias",
     "as_flax_attention_fn",
 ]
+# The same modules; `NeuralFactors.fit` and flax's own layers need linen alone.
+NNX = [x for x in LINEN if x not in ("NeuralFactors", "as_flax_attention_fn")]
 # Whose arguments are those of `dot_product_attention`.
 TAKERS = ("attention_weights", "sparsity", "visited")
 FUNCTIONS = [
@@ -82,9 +87,12 @@ FUNCTIONS = [
     "svd_factors",
     "visited",
 ]
-DOCUMENTED = [(pallas_attn, x) for x in PUBLIC] + [
-    (pallas_attn.linen, x) for x in LINEN
+PACKAGES = [
+    (pallas_attn, PUBLIC),
+    (pallas_attn.linen, LINEN),
+    (pallas_attn.nnx, NNX),
 ]
+DOCUMENTED = [(package, x) for package, public in PACKAGES for x in public]
 # what has no paper: settings, results, and what others are made of
 UNSOURCED = {
     "attention_weights",
@@ -132,9 +140,7 @@ print(json.dumps([seconds, sorted(heavy & set(sys.modules))]))
 """
 
 
-@pytest.mark.parametrize(
-    ("package", "public"), [(pallas_attn, PUBLIC), (pallas_attn.linen, LINEN)]
-)
+@pytest.mark.parametrize(("package", "public"), PACKAGES)
 def test_exports_are_the_public_names(package, public):
     modules = {name for name, x in vars(package).items() if inspect.ismodule(x)}
     found = {name for name in vars(package) if not name.startswith("_")}
@@ -196,8 +202,9 @@ def test_every_public_name_is_documented(package, name):
     said = inspect.getdoc(getattr(package, name)) or ""
     assert said.splitlines()[0].endswith((".", ":"))
     assert ">>> " in said, "a doctest"
-    taken = inspect.signature(getattr(package, name)).parameters
-    arguments = set(taken) - {"parent", "name"}  # what every flax module has
+    taken = inspect.signature(constructor(getattr(package, name))).parameters
+    # what every flax module has
+    arguments = set(taken) - {"parent", "name", "self", "args", "kwargs"}
     if name in TAKERS:
         assert "dot_product_attention" in said, "whose arguments they take"
     elif arguments:
@@ -208,6 +215,11 @@ def test_every_public_name_is_documented(package, name):
     assert bool(re.search(r"^Sources?: \S", said, re.MULTILINE)) == (
         name not in UNSOURCED
     )
+
+
+def constructor(x: Any) -> Any:
+    """What tells the arguments: of a module of nnx its `__init__`."""
+    return x.__init__ if isinstance(x, type) and issubclass(x, nnx.Module) else x
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,11 +14,35 @@ from pallas_attn.layers.context import BiasContext
 from pallas_attn.nnx.bias import BiasModule, fixed, read
 
 
-# num_heads and the exponent of the least slope -> slopes
-Default = Callable[[int, float], Array]
+class _Sloped(BiasModule):
+    """A bias with a slope per head, that says which are its `default`."""
+
+    default: ClassVar[Any]  # num_heads and the exponent of the least slope -> [N]
+
+    def __init__(
+        self,
+        num_heads: int,
+        slopes: Any = None,
+        learned: bool = False,
+        bias_max: float = 8.0,
+    ):
+        self.num_heads = num_heads
+        self.bias_max = bias_max
+        first = self._fixed(slopes, learned=learned)
+        self.slopes = nnx.data(None) if learned else fixed(slopes)
+        self.log_slopes = nnx.data(nnx.Param(jnp.log(first)) if learned else None)
+
+    def _per_head(self) -> Float[Array, " N"]:
+        if self.log_slopes is not None:
+            return jnp.exp(self.log_slopes.get_value())
+        return self._fixed(read(self.slopes), learned=False)
+
+    def _fixed(self, given: Any, *, learned: bool) -> Float[Array, " N"]:
+        make = lambda n: self.default(n, self.bias_max)
+        return penalties.slopes(given, self.num_heads, make, learned=learned)
 
 
-class ALiBi(BiasModule):
+class ALiBi(_Sloped):
     """ALiBi: b_ij = -slope_n |query position i - key position j|.
 
     Learned slopes are exp(log_slopes): they stay penalties.
@@ -52,23 +75,14 @@ class ALiBi(BiasModule):
     Source: Press et al., Train Short, Test Long (arXiv 2108.12409).
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        slopes: Any = None,
-        learned: bool = False,
-        bias_max: float = 8.0,
-    ):
-        self.num_heads = num_heads
-        self.bias_max = bias_max
-        _start(self, slopes, learned, alibi.alibi_slopes)
+    default = staticmethod(alibi.alibi_slopes)
 
     def __call__(self, context: BiasContext) -> alibi.ALiBi:
         """The value of these slopes."""
-        return alibi.ALiBi(_slopes(self, alibi.alibi_slopes))
+        return alibi.ALiBi(self._per_head())
 
 
-class CoALiBi(BiasModule):
+class CoALiBi(_Sloped):
     """Co-ALiBi: b_ij = -slope_n z_ij, z_ij counting the keys from j on that match.
 
     It stands alone: no sum contains it. Learned slopes are exp(log_slopes).
@@ -99,37 +113,8 @@ class CoALiBi(BiasModule):
     Source: Co-ALiBi (github.com/Nathancgy/Co-ALIBI).
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        slopes: Any = None,
-        learned: bool = False,
-        bias_max: float = 8.0,
-    ):
-        self.num_heads = num_heads
-        self.bias_max = bias_max
-        _start(self, slopes, learned, co_alibi.co_alibi_slopes)
+    default = staticmethod(co_alibi.co_alibi_slopes)
 
     def __call__(self, context: BiasContext) -> co_alibi.CoALiBi:
         """The value of these slopes."""
-        return co_alibi.CoALiBi(_slopes(self, co_alibi.co_alibi_slopes))
-
-
-def _start(module: Any, slopes: Any, learned: bool, default: Default) -> None:
-    """Sets what a module has of slopes: a parameter, or what was given."""
-    first = _fixed(module, slopes, default, learned=learned)
-    module.slopes = nnx.data(None) if learned else fixed(slopes)
-    module.log_slopes = nnx.data(nnx.Param(jnp.log(first)) if learned else None)
-
-
-def _slopes(module: Any, default: Default) -> Float[Array, " N"]:
-    if module.log_slopes is not None:
-        return jnp.exp(module.log_slopes.get_value())
-    return _fixed(module, read(module.slopes), default, learned=False)
-
-
-def _fixed(
-    module: Any, given: Any, default: Default, *, learned: bool
-) -> Float[Array, " N"]:
-    make = lambda n: default(n, module.bias_max)
-    return penalties.slopes(given, module.num_heads, make, learned=learned)
+        return co_alibi.CoALiBi(self._per_head())

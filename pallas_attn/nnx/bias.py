@@ -32,7 +32,8 @@ class BiasModule(nnx.Module):
       "pair", "coordinates".
     * `num_heads`: N of the layers that it serves, which is then checked.
 
-    One module may serve several layers; what it keeps lies in the cache of each.
+    What it makes of keys, [*B, S, ...], it keeps by `context.kept(self, name, x)`. One
+    module may serve several layers; what it keeps lies in the cache of each.
 
     Example:
         >>> import jax, jax.numpy as jnp, pallas_attn
