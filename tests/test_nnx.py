@@ -194,6 +194,25 @@ def test_constructor_and_parameters_are_those_of_flax(getkey):
     assert_formula(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_dtypes_are_those_of_linen(name):
+    """Of parameters, outputs and cached keys."""
+    fields: Any = {name: jnp.bfloat16, "sink": True, "normalize_qk": True}
+    theirs: Any = linen.MultiHeadAttention(
+        N, bias=linen.ALiBi(learned=True), decode=True, **fields, **OURS
+    )
+    ours = layer_of(native.ALiBi(N, learned=True), decode=True, **fields)
+    x = jnp.ones((B, 6, F), jnp.bfloat16)
+    ours.init_cache(x.shape)
+    variables = jax.eval_shape(theirs.init, jax.random.key(0), x)
+    assert shapes(params_of(ours)) == shapes(variables["params"])
+    found = nnx.to_pure_dict(nnx.state(ours, nnx.Cache))
+    assert shapes(found) == shapes(variables["cache"])
+    step = functools.partial(theirs.apply, mutable=["cache"])
+    want, _ = jax.eval_shape(step, variables, x)
+    assert nnx.eval_shape(lambda layer: layer(x), ours).dtype == want.dtype
+
+
 # Learned values.
 
 
@@ -520,8 +539,8 @@ def bound():
 
 
 def holding():
-    speed = nnx.Param(jnp.ones(()))
-    return lambda query, key, *at: (query * speed, key)
+    speeds = {"query": nnx.Param(jnp.ones(()))}
+    return lambda query, key, *at: (query * speeds["query"], key)
 
 
 REFUSED: dict[str, Any] = {
@@ -551,7 +570,7 @@ REFUSED: dict[str, Any] = {
                    "`output_hook` must be a module, or a function that holds none"),
     "closed_hook": ({"query_key_hook": holding()}, {}, TypeError,
                     "got a function with a Param"),
-    "partial_hook": ({"output_hook": functools.partial(layer_of())}, {}, TypeError,
+    "partial_hook": ({"output_hook": functools.partial(bound())}, {}, TypeError,
                      "got a function with a MultiHeadAttention"),
     "cache": ({"decode": True}, {}, ValueError,
               "`decode` needs a cache; .* `layer.init_cache"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array
 
@@ -68,23 +71,32 @@ def hook(name: str, function: Any) -> Any:
     """
     if function is None or isinstance(function, nnx.Module):
         return nnx.data(function)
-    cells = getattr(function, "__closure__", None) or ()
-    keywords = getattr(function, "keywords", None) or {}
-    inside = [
-        getattr(function, "__self__", None),
-        getattr(function, "func", None),
-        *(cell.cell_contents for cell in cells),
-        *getattr(function, "args", ()),
-        *keywords.values(),
-    ]
-    for x in inside:
-        if isinstance(x, nnx.Module | nnx.Variable):
-            raise TypeError(
-                f"`{name}` must be a module, or a function that holds none: the layer "
-                f"would not see its parameters; got a function with {kind(x)}. Give a "
-                "module whose `__call__` it is."
-            )
+    for x in _held(function, set()):
+        raise TypeError(
+            f"`{name}` must be a module, or a function that holds none: the layer "
+            f"would not see its parameters; got a function with {kind(x)}. Give a "
+            "module whose `__call__` it is."
+        )
     return function
+
+
+def _held(x: Any, seen: set[int]) -> Iterator[Any]:
+    """The modules and variables that a function is bound to, closes over or binds."""
+    leaves = jax.tree.leaves(x, is_leaf=_is_state)
+    for leaf in leaves:
+        if _is_state(leaf):
+            yield leaf
+        elif callable(leaf) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            names = ("__self__", "func", "args", "keywords", "__wrapped__")
+            yield from _held([getattr(leaf, name, None) for name in names], seen)
+            for cell in getattr(leaf, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # empty until it is assigned
+                    yield from _held(cell.cell_contents, seen)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, nnx.Module | nnx.Variable)
 
 
 def stream(given: nnx.Rngs | nnx.RngStream | None, own: Any) -> nnx.RngStream:

@@ -52,8 +52,8 @@ class MultiHeadAttention(nnx.Module):
 
     The constructor, the parameters and the call are those of
     `flax.nnx.MultiHeadAttention`, without `attention_fn`, for this layer is one, and
-    without functions of promotion. The tree of its `nnx.Param` is that of
-    `pallas_attn.linen.MultiHeadAttention`, name by name: one checkpoint serves both.
+    without functions of promotion; `is_causal` is the layer's. The tree of `nnx.Param`
+    is that of `pallas_attn.linen.MultiHeadAttention`: one checkpoint serves both.
 
     What a bias learns is a parameter of the layer, under "bias": that of a bias module,
     or the variables in a value. Arrays in a value are constants, which are in the state
@@ -318,7 +318,8 @@ class MultiHeadAttention(nnx.Module):
 
         Args:
             input_shape: Of `inputs_q`, (*B, S, in_features), S the most tokens.
-            dtype: Of cached keys and values; None: that of keys and values.
+            dtype: Of cached keys and values; None: that which the layer gives them, of
+                inputs of its `dtype`, or its `param_dtype`.
             **conditions: What the bias reads of a call, as of the longest: `pair`,
                 `query_coordinates`; arrays, or `jax.ShapeDtypeStruct`.
 
