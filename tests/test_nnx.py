@@ -197,7 +197,7 @@ def test_constructor_and_parameters_are_those_of_flax(getkey):
 @pytest.mark.parametrize("name", ["dtype", "param_dtype"])
 def test_dtypes_are_those_of_linen(name):
     """Of parameters, outputs and cached keys."""
-    fields: Any = {name: jnp.bfloat16, "sink": True, "normalize_qk": True}
+    fields: Any = {name: jnp.bfloat16, "sink": True}
     theirs: Any = linen.MultiHeadAttention(
         N, bias=linen.ALiBi(learned=True), decode=True, **fields, **OURS
     )
