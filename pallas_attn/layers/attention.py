@@ -22,6 +22,7 @@ from pallas_attn.layers.mask import spoiled, truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
+from pallas_attn.rules import wrong_shape
 from pallas_attn.shapes import Sizes
 
 
@@ -112,12 +113,12 @@ def context_of(
         value = cache.kept("cached_value", value, slot)
     context = BiasContext(
         *inputs,
+        query,
+        key,
+        value,
         layer.num_heads,
         *at,
         offset if positions[0] is positions[1] is None else None,
-        query=query,
-        key=key,
-        value=value,
         pair=given.pair,
         query_coordinates=given.query_coordinates,
         key_coordinates=given.key_coordinates,
@@ -190,7 +191,15 @@ def attend(
         x = poisoned(x, slot.homeless[..., None, None])
     if layer.output_hook is None:
         return x
-    return layer.output_hook(x, residual, context.inputs_q)
+    hooked = layer.output_hook(x, residual, context.inputs_q)
+    if hooked.shape != x.shape:
+        wrong_shape(
+            "output_hook",
+            hooked,
+            f"the output it was given, {x.shape}",
+            "It is a gate.",
+        )
+    return hooked
 
 
 def _offset(given: Conditions, slot: Slot | None) -> Any:

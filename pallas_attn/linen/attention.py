@@ -329,3 +329,8 @@ class MultiHeadAttention(nn.Module):
                 f"`num_kv_heads` must divide num_heads = {self.num_heads}; got {K}. "
                 "Query head n reads key head n // (num_heads // num_kv_heads)."
             )
+        if self.value_dim is not None and self.value_dim < 1:
+            raise ValueError(
+                f"`value_dim` must be at least 1; got {self.value_dim}. Leave it out "
+                "for the head dim of queries."
+            )
