@@ -52,13 +52,9 @@ def context(batch=(B,), T=T, S=S, offset=0, places=None, **more):
         queries, keys = (jnp.asarray(x, jnp.int32) for x in places)
         offset = None
     x = jax.random.normal(jax.random.key(3), (*batch, max(T, S), F))
-    projected = jnp.repeat(x[..., None, :], N, axis=-2)
     return BiasContext(
         inputs_q=x[..., :T, :],
         inputs_kv=x[..., :S, :],
-        query=projected[..., :T, :, :],
-        key=projected[..., :S, :, :],
-        value=projected[..., :S, :, :],
         num_heads=N,
         query_positions=queries,
         key_positions=keys,

@@ -185,7 +185,7 @@ class TransformerXL(BiasModule):
     """(q_i + v).(W r_{i-j}) + u.k_j, whose q_i.k_j the layer adds, all by sqrt(H)."""
 
     @nn.compact
-    def __call__(self, context):
+    def __call__(self, context: Any) -> DenseBias:
         query, key = context.query, context.key
         *_, N, H = query.shape
         u, v = (self.param(name, normal, (N, H)) for name in ("u", "v"))
@@ -224,7 +224,7 @@ class DeBERTa(BiasModule):
     """q_i.(K r_{d(i,j)}) + k_j.(Q r_{d(j,i)}), distances clipped to 3 either way."""
 
     @nn.compact
-    def __call__(self, context):
+    def __call__(self, context: Any) -> DenseBias:
         table = self.param("table", normal, (7, 5))
         product_of = functools.partial(
             nn.DenseGeneral, (N, H), use_bias=False, precision=HIGHEST
@@ -260,7 +260,7 @@ class Shaw(BiasModule):
     """q_i.a_{j-i}, clipped to 4 either way (arXiv 1803.02155)."""
 
     @nn.compact
-    def __call__(self, context):
+    def __call__(self, context: Any) -> DenseBias:
         table = self.param("table", normal, (9, H))
         away = context.key_positions[..., None, :] - context.query_positions[..., None]
         rows = table[jnp.clip(away[0, 0], -4, 4) + 4]
@@ -277,7 +277,7 @@ class Decomposed(BiasModule):
     """SAM's q.R_row + q.R_column of an image's places (arXiv 2304.02643)."""
 
     @nn.compact
-    def __call__(self, context):
+    def __call__(self, context: Any) -> DenseBias:
         bias: Any = 0.0
         for axis, size in enumerate(SIDE):
             table = self.param(f"axis_{axis}", normal, (2 * size - 1, H))

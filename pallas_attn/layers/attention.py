@@ -113,12 +113,12 @@ def context_of(
         value = cache.kept("cached_value", value, slot)
     context = BiasContext(
         *inputs,
-        query,
-        key,
-        value,
         layer.num_heads,
         *at,
         offset if positions[0] is positions[1] is None else None,
+        query=query,
+        key=key,
+        value=value,
         pair=given.pair,
         query_coordinates=given.query_coordinates,
         key_coordinates=given.key_coordinates,

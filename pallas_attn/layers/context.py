@@ -27,10 +27,6 @@ class BiasContext:
         inputs_q: [*B, T, features].
         inputs_kv: [*B, S, features]; while decoding the new tokens alone, [*B, T, ..]:
             see `kept`.
-        query: [*B, T, N, H], as the layer projects, normalizes and rotates it; without
-            the scale.
-        key: [*B, S, K, H], likewise; while decoding all that the cache has.
-        value: [*B, S, K, h], likewise.
         num_heads: N.
         query_positions: int32 [*#B, #N, T].
         key_positions: int32 [*#B, #N, S].
@@ -39,6 +35,10 @@ class BiasContext:
         pair: Floating [*#A, T, S, channels], or None; *A are the first of *B.
         query_coordinates: Floating [*#B, T, d], or None.
         key_coordinates: Floating [*#B, S, d], or None.
+        query: [*B, T, N, H], as the layer projects, normalizes and rotates it; without
+            the scale. None, as those of key and value, where no layer made the context.
+        key: [*B, S, K, H], likewise; while decoding all that the cache has.
+        value: [*B, S, K, h], likewise.
         slot: Where new tokens go in the layer's cache; None while it is made.
         cache: Of a layer that decodes; None: of another.
 
@@ -61,9 +61,6 @@ class BiasContext:
 
     inputs_q: Float[Array, "*B T features"]
     inputs_kv: Float[Array, "*B S features"]
-    query: Float[Array, "*B T N H"]
-    key: Float[Array, "*B S K H"]
-    value: Float[Array, "*B S K h"]
     num_heads: int
     query_positions: Int[Array, "*#B #N T"]
     key_positions: Int[Array, "*#B #N S"]
@@ -71,6 +68,9 @@ class BiasContext:
     pair: Float[Array, "*#A T S channels"] | None = None
     query_coordinates: Float[Array, "*#B T d"] | None = None
     key_coordinates: Float[Array, "*#B S d"] | None = None
+    query: Float[Array, "*B T N H"] | None = None
+    key: Float[Array, "*B S K H"] | None = None
+    value: Float[Array, "*B S K h"] | None = None
     slot: Slot | None = None
     cache: Cache | None = None
 
