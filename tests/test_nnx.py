@@ -546,6 +546,9 @@ def holding():
 REFUSED: dict[str, Any] = {
     "heads": ({"qkv_features": 6}, {}, ValueError, "`num_heads` must divide"),
     "kv_heads": ({"num_kv_heads": 3}, {}, ValueError, "`num_kv_heads` must divide"),
+    "value_dim": ({"value_dim": 0}, {}, ValueError, "`value_dim` must be at least 1"),
+    "hooked": ({"output_hook": lambda x, lse, y: x[..., :1]}, {}, ValueError,
+               "`output_hook` must be the output it was given"),
     "features": ({}, {"inputs_k": jnp.ones((B, 5, 3))}, ValueError,
                  "`inputs_k` must have the in_kv_features of its layer, 32; got 3"),
     "bias_heads": ({"bias": native.ALiBi(3)}, {}, ValueError,

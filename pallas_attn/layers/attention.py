@@ -22,6 +22,7 @@ from pallas_attn.layers.mask import spoiled, truth
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
+from pallas_attn.rules import wrong_shape
 from pallas_attn.shapes import Sizes
 
 
@@ -206,7 +207,15 @@ def attend(
         x = poisoned(x, slot.homeless[..., None, None])
     if layer.output_hook is None:
         return x
-    return layer.output_hook(x, residual, context.inputs_q)
+    hooked = layer.output_hook(x, residual, context.inputs_q)
+    if hooked.shape != x.shape:
+        wrong_shape(
+            "output_hook",
+            hooked,
+            f"the output it was given, {x.shape}",
+            "It is a gate.",
+        )
+    return hooked
 
 
 def _offset(given: Conditions, slot: Slot | None) -> Any:

@@ -32,13 +32,13 @@ class BiasContext:
         key_positions: int32 [*#B, #N, S].
         offset: An int or int32 [*#B], the position of query 0, where queries stand one
             after the other and keys do from 0 on; None where positions were given.
-        query: [*B, T, N, H], as the layer projects, normalizes and rotates it; without
-            the scale.
-        key: [*B, S, K, H], likewise; while decoding all that the cache has.
-        value: [*B, S, K, h], likewise.
         pair: Floating [*#A, T, S, channels], or None; *A are the first of *B.
         query_coordinates: Floating [*#B, T, d], or None.
         key_coordinates: Floating [*#B, S, d], or None.
+        query: [*B, T, N, H], as the layer projects, normalizes and rotates it; without
+            the scale. None, as those of key and value, where no layer made the context.
+        key: [*B, S, K, H], likewise; while decoding all that the cache has.
+        value: [*B, S, K, h], likewise.
         slot: Where new tokens go in the layer's cache; None while it is made.
         cache: Of a layer that decodes; None: of another.
 
@@ -65,12 +65,12 @@ class BiasContext:
     query_positions: Int[Array, "*#B #N T"]
     key_positions: Int[Array, "*#B #N S"]
     offset: int | Int[Array, "*#B"] | None = None
-    query: Float[Array, "*B T N H"] | None = None
-    key: Float[Array, "*B S K H"] | None = None
-    value: Float[Array, "*B S K h"] | None = None
     pair: Float[Array, "*#A T S channels"] | None = None
     query_coordinates: Float[Array, "*#B T d"] | None = None
     key_coordinates: Float[Array, "*#B S d"] | None = None
+    query: Float[Array, "*B T N H"] | None = None
+    key: Float[Array, "*B S K H"] | None = None
+    value: Float[Array, "*B S K h"] | None = None
     slot: Slot | None = None
     cache: Cache | None = None
 

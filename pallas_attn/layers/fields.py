@@ -26,8 +26,10 @@ def head_dim(num_heads: int, features: int) -> int:
     return features // num_heads
 
 
-def check_key_heads(num_heads: int, num_kv_heads: int | None) -> None:
-    """Heads of keys divide those of queries.
+def check_heads(
+    num_heads: int, num_kv_heads: int | None, value_dim: int | None
+) -> None:
+    """Heads of keys divide those of queries, and values have numbers.
 
     Raises:
         ValueError: if they do not.
@@ -37,6 +39,11 @@ def check_key_heads(num_heads: int, num_kv_heads: int | None) -> None:
         raise ValueError(
             f"`num_kv_heads` must divide num_heads = {num_heads}; got {K}. "
             "Query head n reads key head n // (num_heads // num_kv_heads)."
+        )
+    if value_dim is not None and value_dim < 1:
+        raise ValueError(
+            f"`value_dim` must be at least 1; got {value_dim}. Leave it out "
+            "for the head dim of queries."
         )
 
 

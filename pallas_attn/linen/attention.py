@@ -21,7 +21,7 @@ from pallas_attn.layers.attention import (
     QueryKeyHook,
 )
 from pallas_attn.layers.fields import (
-    check_key_heads,
+    check_heads,
     check_sink,
     head_dim,
     with_bias,
@@ -317,4 +317,4 @@ class MultiHeadAttention(nn.Module):
                     f"`{name}` cannot be honoured: the kernels make both products; got "
                     f"{kind(getattr(self, name))}. Leave it None."
                 )
-        check_key_heads(self.num_heads, self.num_kv_heads)
+        check_heads(self.num_heads, self.num_kv_heads, self.value_dim)

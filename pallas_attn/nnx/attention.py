@@ -26,7 +26,7 @@ from pallas_attn.layers.attention import (
 from pallas_attn.layers.cache import Cache
 from pallas_attn.layers.context import BiasContext
 from pallas_attn.layers.fields import (
-    check_key_heads,
+    check_heads,
     check_sink,
     head_dim,
     with_bias,
@@ -185,7 +185,7 @@ class MultiHeadAttention(nnx.Module):
         implementation: Implementation | Sequence[Implementation] | None = None,
         config: Config | None = None,
     ):
-        check_key_heads(num_heads, num_kv_heads)
+        check_heads(num_heads, num_kv_heads, value_dim)
         self.num_heads = num_heads
         self.num_kv_heads = K = num_kv_heads or num_heads
         self.in_features = in_features
