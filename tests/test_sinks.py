@@ -1,6 +1,7 @@
 """A score that every row has beside those of its keys, and whose value is 0."""
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from pallas_attn import DenseBias, dot_product_attention, Entmax, Softmax
 from pallas_attn.linen import ALiBi, MultiHeadAttention
-from pallas_attn.testing.cases import BIASES, Case, KINDS, SITUATIONS
+from pallas_attn.testing.cases import Case, KINDS, SITUATIONS
 from pallas_attn.testing.evaluate import (
     EXACT,
     gradients,
@@ -36,10 +37,11 @@ everywhere = pytest.mark.parametrize("implementation", implementations())
 everywhere_and_dense = pytest.mark.parametrize(
     "implementation", [*implementations(), "reference"]
 )
+# What is pruned and what is not take turns: a sink knows no form of a bias.
+added = itertools.cycle(["alibi", "sum"])
 TABLE = [
-    *(Case(bias, "causal GQA", (), "sink") for bias in BIASES),
-    *(Case("alibi", situation, (), "sink") for situation in SITUATIONS),
-    *(Case("sum", situation, (), "sink") for situation in SITUATIONS),
+    *(Case(bias, "causal GQA", (), "sink") for bias in KINDS),
+    *(Case(next(added), situation, (), "sink") for situation in SITUATIONS),
     *(Case("co_alibi", situation, (), "sink") for situation in SITUATIONS),
 ]
 
