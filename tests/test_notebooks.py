@@ -17,6 +17,7 @@ NAMES = (
     "train_short_test_long",
     "low_rank_biases",
     "sparse_attention",
+    "sinks_and_distances",
     "pair_bias_block",
     "digits_vision_transformer",
 )
