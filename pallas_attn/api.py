@@ -184,9 +184,10 @@ def dot_product_attention(
             `jax.default_matmul_precision`.
         implementation: "triton" (Pallas kernels; a CUDA GPU of compute capability
             >= 8.0, heads of at most 256), "triton_interpret" (the same kernels,
-            interpreted on any platform), "xla" (chunked, linear memory, any platform;
-            twice differentiable) or "reference" (dense). None is "triton" where it can
-            run, else "xla"; a sequence is tried in order. A named one never falls back.
+            interpreted on any platform), "xla" (chunked, linear memory, any platform)
+            or "reference" (dense); each is differentiable in every mode of JAX. None is
+            "triton" where it can run, else "xla"; a sequence is tried in order. A named
+            one never falls back.
         config: Block sizes of the kernels, and whether to prune.
         return_residual: Also return lse; of entmax tau, where alpha is 1 lse.
 

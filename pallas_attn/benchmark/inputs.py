@@ -15,6 +15,7 @@ from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
@@ -85,6 +86,8 @@ def _term(case: Case, term: Term, seed: PRNGKeyArray) -> Bias:
             return FactoredBias(
                 _normal(one, shape, dtype), _normal(other, shape, dtype)
             )
+        case "relative":
+            return RelativeBias(_normal(seed, (1, case.N, case.T), dtype))
         case "forget" | "forget slowly":
             if term.kind == "forget":
                 gates = jnp.linspace(*GATES, case.N, dtype=jnp.float32)

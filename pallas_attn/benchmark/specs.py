@@ -16,14 +16,23 @@ class Term:
     """One term of a bias.
 
     Args:
-        kind: "alibi", "co_alibi", "dense", "factored", "forget" (gates evenly spaced)
-            or "forget slowly" (memories, 1 / (1 - gate), in equal ratios).
+        kind: "alibi", "co_alibi", "dense", "factored", "relative" (a number for each
+            distance of a key before), "forget" (gates evenly spaced) or "forget slowly"
+            (memories, 1 / (1 - gate), in equal ratios).
         shared: Whether a dense bias is one array for the whole batch, [1, N, T, S].
         rank: R of a factored bias.
         dtype: Of its arrays; None: that of the query.
     """
 
-    kind: Literal["alibi", "co_alibi", "dense", "factored", "forget", "forget slowly"]
+    kind: Literal[
+        "alibi",
+        "co_alibi",
+        "dense",
+        "factored",
+        "relative",
+        "forget",
+        "forget slowly",
+    ]
     shared: bool = False
     rank: int = 0
     dtype: str | None = None
@@ -109,6 +118,8 @@ class Case:
                 return f"dense [{batch},{self.N},{self.T},{self.T}]{dtype}"
             case "factored":
                 return f"factored R{term.rank}{dtype}"
+            case "relative":
+                return f"table [1,{self.N},{self.T}]{dtype}"
             case "forget":
                 return "gates 0.5 to 0.999"
             case "forget slowly":
@@ -132,4 +143,5 @@ ALIBI = Term("alibi")
 CO_ALIBI = Term("co_alibi")
 DENSE = Term("dense")
 FORGET = Term("forget")
+RELATIVE = Term("relative", dtype="float32")
 FORGET_SLOWLY = Term("forget slowly")

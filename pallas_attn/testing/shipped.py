@@ -17,6 +17,8 @@ SHIPPED = [
         ("alibi", "causal", "bfloat16", (64, 128, 256)),
         ("dense", "full", "bfloat16", (32, 64, 128, 256)),
         ("dense-1NTS", "causal", "bfloat16", (64, 128)),
+        ("relative", "causal", "bfloat16", (64, 128, 256)),
+        ("relative", "full", "float32", (64,)),
         ("factored", "full", "bfloat16", (32,)),
         ("factored-float32", "full", "bfloat16", (64,)),
         ("sum-alibi factored", "causal", "bfloat16", (128,)),

@@ -43,6 +43,7 @@ class Plan:
     row_fields: tuple[Field, ...] = ()
     col_fields: tuple[Field, ...] = ()
     tile_fields: tuple[Field, ...] = ()
+    diagonal_fields: tuple[Field, ...] = ()
     da: tuple[int, ...] = ()
     db: tuple[int, ...] = ()
 
@@ -113,6 +114,7 @@ def plan(
         row_fields=rows,
         col_fields=of_span("k"),
         tile_fields=tuple(f for f in pairs if f not in own),
+        diagonal_fields=of_span("d"),
         da=wanted.a,
         db=wanted.b,
         transpose_bias=forward.transpose_bias and not own,

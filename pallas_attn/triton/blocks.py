@@ -15,6 +15,8 @@ from pallas_attn.tiled.plan import Plan
 def block_of(call: Call, plan: Plan, kernel: str) -> Block:
     """The block of a kernel: the user's, or the shipped choice."""
     user = getattr(call.config, kernel, None)
+    if kernel == "diagonals":
+        user = call.config.tiles
     load = Load(
         head_dim=max(call.H, call.h),
         dtype=call.dtype,
@@ -27,7 +29,8 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
         columns=plan.columns,
         small=call.shared_kib < LARGE,
     )
-    return user or shipped(kernel, load)
+    block = user or shipped(kernel, load)
+    return square(block) if kernel == "diagonals" else block
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,36 @@ def shipped(kernel: str, load: Load) -> Block:
             if wide:  # registers run out where a shared tile is beside dk and dv
                 return Block(64, 64, 8 if load.dense and not load.own else 4, 2)
             return Block(64, 128) if thin else Block(64, 64)
+        case "tangent":  # twice the operands of the forward pass; not timed
+            return Block(64, 32, 4, 2) if wide else Block(64, 64, 4, 2)
         case "thin_rows":
             return Block(128, 64, 4, 4)
         case "thin_cols":
             return Block(64, 128)
         case _:
-            assert kernel == "tiles"
+            assert kernel in ("tiles", "diagonals")
             return Block(64, 64)
+
+
+def square(block: Block) -> Block:
+    """A block with as many queries as keys."""
+    n = min(block.block_q, block.block_k)
+    return Block(n, n, block.num_warps, block.num_stages)
 
 
 def _widest(kernel: str) -> Block:
     """Head dims of 129 to 256, 16-bit."""
     if kernel.startswith("thin"):
         return Block(64, 64, 8, 2)
+    if kernel == "tangent":
+        return Block(32, 32, 8, 2)
     return Block(16, 64, 8, 2) if kernel == "cols" else Block(64, 32, 8, 2)
 
 
 def _small(kernel: str, load: Load) -> Block | None:
     """Of a card with 99 KiB, where another may not fit; None: the others' does."""
+    if kernel == "tangent":
+        return Block(32, 32, 8, 1) if load.head_dim > 128 else Block(32, 32, 4, 2)
     width = load.head_dim + load.columns  # of a key, with its side of all products
     if width > 128 and not kernel.startswith("thin"):
         return Block(16 if kernel == "cols" else 32, 32, 8, 2)
@@ -113,18 +128,21 @@ def _small(kernel: str, load: Load) -> Block | None:
 
 def _bent(kernel: str) -> Block:
     """A term's own arithmetic, and its derivatives, take registers of every score."""
-    return Block(32, 64, 4, 2) if kernel in ("forward", "rows") else Block(32, 32, 4, 2)
+    tall = kernel in ("forward", "rows", "tangent")
+    return Block(32, 64, 4, 2) if tall else Block(32, 32, 4, 2)
 
 
 def _float32(kernel: str, load: Load) -> Block:
     """float32 takes twice the shared memory; IEEE dots keep operands in registers."""
     if load.head_dim > 128:
-        small = load.exact or load.small
+        small = load.exact or load.small or kernel == "tangent"
         return Block(16, 16, 8, 1) if small else Block(32, 32, 8, 1)
     if load.exact:
         return Block(32, 16, 8, 2) if load.head_dim > 64 else Block(32, 32, 8, 2)
     narrow = load.head_dim <= 64
     match kernel:
+        case "tangent":
+            return Block(32, 32, 8, 2) if narrow else Block(32, 16, 8, 2)
         case "forward" | "thin_rows":
             return Block(64, 64 if narrow else 32, 8, 2)
         case "thin_cols":

@@ -30,6 +30,7 @@ def forward_kernel(
     plan: Plan,
 ) -> None:
     """Output and log2-sum of one query block."""
+    assert out.visits is not None
     t0 = query_tile(ops.sight, call, plan, "forward", program)
     walk, mul = keys_of(t0, plan.two_sided), call.scale * LOG2E
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]

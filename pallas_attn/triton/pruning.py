@@ -169,7 +169,11 @@ def largest_scores(
     lead = schedule.lead_of(grains.norms, t.call, t.b, t.h)
     norm = schedule.of_blocks(grains.norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
     known = {
-        f: _of_blocks(x, t, j, ok, t.bk) if f.span == "k" else _of_own(x, t, t.q0, t.bq)
+        f: _of_blocks(x, t, j, ok, t.bk)
+        if f.span == "k"
+        else _of_diagonals(x, t, t.q0 - k0, ok)
+        if f.span == "d"
+        else _of_own(x, t, t.q0, t.bq)
         for f, x in grains.fields.items()
     }
     ranges = p0, p0 + t.bq - 1, k0, k0 + t.bk - 1
@@ -192,7 +196,9 @@ def far_queries(
     assert floors is not None
     norm = _norm_of_keys(grains.norms, t)
     own = {
-        f: _of_own(x, t, t.k0, t.bk) for f, x in grains.fields.items() if f.span != "q"
+        f: _of_own(x, t, t.k0, t.bk)
+        for f, x in grains.fields.items()
+        if f.span not in ("q", "d")
     }
     reach_block = block_of(call, plan, "forward").block_q
 
@@ -202,6 +208,8 @@ def far_queries(
         floor = schedule.of_blocks(floors, lead, i, ok, t.bq, GRAIN, jnp.minimum)
         known = {
             f: _of_blocks(x, t, i, ok, t.bq)
+            if f.span == "q"
+            else _of_diagonals(x, t, i * t.bq - t.k0, ok)
             for f, x in grains.fields.items()
             if f not in own
         }
@@ -227,6 +235,18 @@ def _of_blocks(
     def worst(ref: Ref, of: schedule.Worst) -> jax.Array:
         lead = schedule.lead_of(ref, t.call, t.b, t.h)
         return schedule.of_blocks(ref, lead, i, ok, block, GRAIN, of)
+
+    return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
+
+
+def _of_diagonals(x: Extremes, t: Tile, apart: jax.Array, ok: jax.Array) -> Extremes:
+    """The extremes of a field along diagonals, of tiles whose first pairs are apart."""
+    first = apart + i32(t.call.S - t.bk)
+
+    def worst(ref: Ref, of: schedule.Worst) -> jax.Array:
+        lead = schedule.lead_of(ref, t.call, t.b, t.h)
+        length = t.bq + t.bk - 1
+        return schedule.of_runs(ref, lead, first, ok, length, GRAIN, of)
 
     return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
 

@@ -343,6 +343,27 @@ def of_blocks(
     )
 
 
+def of_runs(
+    ref: Ref,
+    lead: Lead,
+    first: jax.Array,
+    ok: jax.Array,
+    length: int,
+    grain: int,
+    worst: Worst,
+) -> jax.Array:
+    """One number for each of a vector of runs of entries, which start anywhere."""
+    start, last = first // i32(grain), (first + i32(length - 1)) // i32(grain)
+    most = (length + grain - 2) // grain + 1  # grains that a run may touch
+    return functools.reduce(
+        worst,
+        [
+            load_blocks(ref, lead, jnp.minimum(start + i32(r), last), ok)
+            for r in range(most)
+        ],
+    )
+
+
 def holes(
     call: Call,
     sides: tuple[Side, ...],
