@@ -74,6 +74,13 @@ SPILLING = {
     "factored-float32, full, T1024 H64 bfloat16": {(80, "cols"): 164},
     "dense, full, T1024 H64 bfloat16": {(80, "cols"): 300},
     "dense-1NTS, causal, T1024 H64 bfloat16": {(100, "forward"): 108},
+    "relative, causal, T1024 H64 bfloat16": {(80, "diagonals"): 96},
+    "relative, causal, T1024 H128 bfloat16": {
+        (90, "cols"): 400,  # the fastest of those timed
+        (80, "forward"): 250,
+        (80, "cols"): 92,
+        (100, "diagonals"): 288,
+    },
     "co_alibi, causal, T1024 H64 bfloat16": {
         (90, "cols"): 268,
         (80, "rows"): 960,

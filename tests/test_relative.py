@@ -16,6 +16,7 @@ from pallas_attn import (
     Entmax,
     RelativeBias,
 )
+from pallas_attn.bias import lookup
 from pallas_attn.bias.diagonals import summed, toeplitz
 from pallas_attn.testing.evaluate import EXACT, implementations, small
 from pallas_attn.testing.jaxprs import largest_array
@@ -199,3 +200,25 @@ def test_what_is_no_table_is_refused(bias, error, match):
     query, key, value, _ = operands()
     with pytest.raises(error, match=match):
         dot_product_attention(query, key, value, bias())
+
+
+@pytest.mark.parametrize("compared", [2**24, 0], ids=["compared", "sorted"])
+@pytest.mark.parametrize(
+    ("L", "n", "R"), [(7, 50, 3), (1, 1, 1), (5, 2, 2), (40, 1000, 4), (3, 0, 2)]
+)
+def test_what_indices_read_goes_back_to_its_row(L, n, R, compared, monkeypatch):
+    """Of whole numbers, exactly; what has no row is nowhere, NaN in its own alone."""
+    monkeypatch.setattr(lookup, "COMPARED", compared)
+    rng = np.random.default_rng(0)
+    table, ct = (rng.integers(-9, 9, (m, R)).astype(np.float32) for m in (L, max(n, 1)))
+    index, ct = rng.integers(-2, L + 2, n), ct[:n].copy()
+    inside = (index >= 0) & (index < L)
+    ct[index == 0] = np.nan
+    read_at = jnp.asarray(index)
+    out, back = jax.vjp(lambda x: lookup.entries(x, read_at), jnp.asarray(table))
+    want = np.zeros((L, R), np.float32)
+    np.add.at(want, index[inside], ct[inside])
+    np.testing.assert_array_equal(back(ct)[0], want)
+    read = np.full((n, R), np.nan, np.float32)
+    read[inside] = table[index[inside]]
+    np.testing.assert_array_equal(out, read)

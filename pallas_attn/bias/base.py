@@ -374,8 +374,9 @@ def by_distance(term: Bias, place: Place) -> Bias:
         first = getattr(term, first) if isinstance(first, str) else first
         table = table.astype(place.dtype)  # what many pairs add to it is rounded once
         table = table.reshape((1,) * (2 - table.ndim) + table.shape)
-        if place.diagonal and place.offset is not None:
-            fields[field.name] = diagonals(table, first, place.offset, T, S)
+        if place.offset is not None:
+            along = diagonals(table, first, place.offset, T, S)
+            fields[field.name] = along if place.diagonal else toeplitz(along, T, S)
         else:
             at = place.query_positions, place.key_positions
             fields[field.name] = written(table, first, *at)

@@ -6,9 +6,13 @@ reads of a table lies along its T + S - 1 diagonals: diagonal i - j + S - 1.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.bias.lookup import entries, taken
 from pallas_attn.positions import LEAST, MOST
 
 
@@ -40,7 +44,7 @@ def diagonals(
     index = start[..., None, None] + along
     index = jnp.broadcast_to(index, (*leading, table.shape[-2], count))
     padded = jnp.broadcast_to(padded, (*leading, *padded.shape[-2:]))
-    return jnp.take_along_axis(padded, index, -1)
+    return taken(padded, index)
 
 
 def written(
@@ -55,11 +59,23 @@ def written(
     away = q - k
     away = jnp.where((away == LEAST) & (q > 0), MOST, away)  # 2^31 apart
     index = jnp.clip(away, max(first, LEAST), min(last, MOST)) - jnp.int32(first)
-    leading = jnp.broadcast_shapes(table.shape[:-1], index.shape[:-2])
-    index = jnp.broadcast_to(index, (*leading, *index.shape[-2:]))
-    flat = index.reshape(*leading, index.shape[-2] * index.shape[-1])
-    table = jnp.broadcast_to(table, (*leading, table.shape[-1]))
-    return jnp.take_along_axis(table, flat, -1).reshape(index.shape)
+    rank = max(table.ndim - 1, index.ndim - 2)
+    table = table.reshape((1,) * (rank + 1 - table.ndim) + table.shape)
+    index = index.reshape((1,) * (rank + 2 - index.ndim) + index.shape)
+    read = entries
+    for a, b in zip(table.shape[-2::-1], index.shape[-3::-1], strict=True):
+        read = _over(read, a, b)
+    return read(table, index)
+
+
+def _over(read: Any, a: int, b: int) -> Any:
+    """A read for each element of a leading axis of table and indices; 1: shared."""
+    axes = (None if a == 1 else 0, None if b == 1 else 0)
+    first = lambda x, axis: x[0] if axis is None else x
+    if axes == (None, None):
+        return lambda table, index: read(table[0], index[0])[None]
+    every = jax.vmap(read, axes)
+    return lambda table, index: every(first(table, axes[0]), first(index, axes[1]))
 
 
 def toeplitz(values: Float[Array, "... L"], T: int, S: int) -> Float[Array, "... T S"]:

@@ -15,9 +15,9 @@ class RelativeBias(Bias):
 
     Learned functions of the distance stand on it: T5's buckets, KERPLE, FIRE, an MLP's
     numbers of all distances. Where positions are implicit no array of all pairs is
-    made, nor of its gradient, which is summed in a fixed order; where they are arrays,
-    and under `Entmax`, the bias is written out, [#B, #N, T, S]. Blocks of distances
-    whose numbers are too low to weigh are left out, unless it is.
+    made, nor of its gradient; where they are arrays, and under `Entmax`, the bias is
+    written out, [#B, #N, T, S]. Blocks of distances whose numbers are too low to weigh
+    are left out, unless it is. What an entry adds up, it adds in a fixed order.
 
     Args:
         table: [#B, #N, D], or [N, D], any floating dtype.

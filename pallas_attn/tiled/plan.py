@@ -29,6 +29,7 @@ class Plan:
     two_sided: bool  # far blocks on both sides of the diagonal are told apart
     batch_group: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
+    distances: bool  # a number per distance is added
     nonlinear: bool  # a field along queries or keys is not simply added
     transpose_bias: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
@@ -83,6 +84,7 @@ def plan(
         two_sided=(pruned or sided) and not call.causal and not sight.arrays.placed,
         batch_group=_flock(call.B) if over_batch else 1,
         dense=bool(full),
+        distances=any(f.span == "d" for f in every),
         nonlinear=any(f.span and not f.additive for f in every),
         transpose_bias=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),

@@ -23,6 +23,7 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
         exact=call.precision == lax.Precision.HIGHEST,
         length=call.T,
         dense=plan.dense,
+        distances=plan.distances,
         own=bool(plan.stored_fields),
         bent=plan.nonlinear,
         free=not (plan.dense or call.causal or plan.pruned),
@@ -46,6 +47,7 @@ class Load:
     bent: bool  # a field along queries or keys is not simply added to the scores
     free: bool  # no dense bias, not causal, not pruned
     columns: int  # of all factored products
+    distances: bool = False  # a number per distance is added
     small: bool = False  # 99 KiB of shared memory, not 163 or 227
 
 
@@ -68,7 +70,7 @@ def shipped(kernel: str, load: Load) -> Block:
     thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
     match kernel:
         case "forward":
-            if wide and (load.free or load.dense):
+            if wide and (load.free or load.dense or load.distances):
                 return Block(128, 64, 8, 3)
             if wide and load.columns:  # a third stage leaves one program to an SM
                 return Block(64, 64, 4, 2)
@@ -84,8 +86,11 @@ def shipped(kernel: str, load: Load) -> Block:
             if wide:  # registers run out where a shared tile is beside dk and dv
                 return Block(64, 64, 8 if load.dense and not load.own else 4, 2)
             return Block(64, 128) if thin else Block(64, 64)
-        case "tangent":  # twice the operands of the forward pass; not timed
-            return Block(64, 32, 4, 2) if wide else Block(64, 64, 4, 2)
+        case "tangent":  # twice the operands of the forward pass
+            if not wide:  # not timed
+                return Block(64, 64, 4, 2)
+            beside = load.dense or load.distances or load.columns  # does not fit then
+            return Block(64, 32, 4, 2) if beside else Block(128, 64, 8, 2)
         case "thin_rows":
             return Block(128, 64, 4, 4)
         case "thin_cols":
