@@ -53,17 +53,17 @@ def attend(
     plain: what gives all derivatives beyond the first.
     """
     problem, shift = from_nearest(problem)
-    ops, call = operands(problem)
+    ops, call = operands(problem, looked=True)
     o, lse = called(ByPasses(call, passes, plain), ops)
     return o, shifted(jnp.swapaxes(lse, 1, 2), shift)
 
 
-def operands(problem: Problem) -> tuple[Operands, Call]:
-    """What the passes read, and the call."""
+def operands(problem: Problem, *, looked: bool = False) -> tuple[Operands, Call]:
+    """What the passes read, and the call; looked: as `sight` has it."""
     query, call, added = problem.query, problem.call, problem.bias
     assert isinstance(added, Added)
     takes = any(term.hides for term in added.terms)
-    seen = sight(call, problem.visibility, takes=takes)
+    seen = sight(call, problem.visibility, takes=takes, looked=looked)
     arrays = (query, problem.key, problem.value)
     return Operands(*arrays, added, seen, sink_of(problem)), call
 
@@ -72,7 +72,7 @@ def visited_blocks(
     problem: Problem, passes: Passes
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops, call = operands(from_nearest(problem)[0])
+    ops, call = operands(from_nearest(problem)[0], looked=True)
     wanted = Wanted(q=True, k=True, v=True)
     _, res, _ = _forward(ops, call, wanted, passes)
     ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)

@@ -30,6 +30,7 @@ class Plan:
     batch_group: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
     distances: bool  # a number per distance is added
+    looked: bool  # it is known of which blocks a mask shows any
     nonlinear: bool  # a field along queries or keys is not simply added
     transpose_bias: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
@@ -85,6 +86,7 @@ def plan(
         batch_group=_flock(call.B) if over_batch else 1,
         dense=bool(full),
         distances=any(f.span == "d" for f in every),
+        looked=sight.grains is not None,
         nonlinear=any(f.span and not f.additive for f in every),
         transpose_bias=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),

@@ -24,6 +24,7 @@ def block_of(call: Call, plan: Plan, kernel: str) -> Block:
         length=call.T,
         dense=plan.dense,
         distances=plan.distances,
+        looked=plan.looked,
         own=bool(plan.stored_fields),
         bent=plan.nonlinear,
         free=not (plan.dense or call.causal or plan.pruned),
@@ -48,6 +49,7 @@ class Load:
     free: bool  # no dense bias, not causal, not pruned
     columns: int  # of all factored products
     distances: bool = False  # a number per distance is added
+    looked: bool = False  # blocks that a mask hides are left out
     small: bool = False  # 99 KiB of shared memory, not 163 or 227
 
 
@@ -67,6 +69,9 @@ def shipped(kernel: str, load: Load) -> Block:
     if load.head_dim > 128:
         return _widest(kernel)
     wide = load.head_dim > 64
+    if load.looked and not load.dense and kernel in ("forward", "rows"):
+        # a smaller block is hidden, or shown whole, more often
+        return Block(64, 64, 4, 2 if wide else 3)
     thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
     match kernel:
         case "forward":

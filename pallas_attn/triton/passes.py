@@ -38,6 +38,7 @@ from pallas_attn.triton.programs import grid_of
 from pallas_attn.triton.pruning import Grains, Pruning
 from pallas_attn.triton.row_weights import RowCotangents
 from pallas_attn.triton.shifted import laid
+from pallas_attn.triton.shown import shown
 from pallas_attn.triton.tangent import tangent_kernel
 from pallas_attn.triton.visitor import Visitor
 from pallas_attn.types import outline, Tree
@@ -71,7 +72,7 @@ def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forwar
         total=_per_row(call) if p.large_scores else None,
         visits=_visits(call, blocks),
     )
-    inputs = (laid(ops, call), Pruning(grains))
+    inputs = (laid(ops, call), _listed(Pruning(grains), ops, call, p, "forward"))
     made = _run(forward_kernel, "forward", inputs, outputs, call, p)
     return replace(made, grains=grains)
 
@@ -81,7 +82,8 @@ def tangent(res: Residuals, moves: Moves, call: Call, p: Plan) -> Moved:
     outputs = Moved(lse=_per_row(call), o=like(res.o))
     pruning = Pruning(res.grains) if p.pruned else Pruning()
     known = Known(res.o, res.lse, res.peak, res.total, p.large_rows)
-    inputs = (laid(res.ops, call), laid(moves, call), known, pruning)
+    blocks = _listed(pruning, res.ops, call, p, "tangent")
+    inputs = (laid(res.ops, call), laid(moves, call), known, blocks)
     return _run(tangent_kernel, "tangent", inputs, outputs, call, p)
 
 
@@ -114,7 +116,7 @@ def rows(
     made, strange = launch_flagged(
         rows_kernel,
         grid,
-        (laid(ops, call), cot, blocks),
+        (laid(ops, call), cot, _listed(blocks, ops, call, p, "rows")),
         outputs,
         call,
         block,
@@ -140,6 +142,8 @@ def cols(
         fields=dict.fromkeys(p.col_fields, outline((call.B, call.N, call.S), f32)),
         visits=_visits(call, grid_of(call, p, "cols").blocks),
     )
+    if not p.store_dtype:  # every block has a dS
+        blocks = _listed(blocks, ops, call, p, "cols")
     inputs = (laid(ops, call, flip=p.flip), cot, blocks)
     return _run(cols_kernel, "cols", inputs, outputs, call, p)
 
@@ -252,6 +256,14 @@ def _run(
     return launch_watched(
         kernel, grid.shape, inputs, outputs, call, block, own=own, plan=p
     )
+
+
+def _listed(blocks: Visitor, ops: Operands, call: Call, p: Plan, name: str) -> Visitor:
+    """A visitor that leaves out what a mask hides, if it is one that asks."""
+    if not isinstance(blocks, Pruning):
+        return blocks
+    block = block_of(call, p, name)
+    return replace(blocks, shown=shown(ops.sight, call, block, by_key=name == "cols"))
 
 
 def _per_row(call: Call) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_attn.tiled.fields import Field, Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
-from pallas_attn.tiled.summaries import Extremes, GRAIN
+from pallas_attn.tiled.summaries import Extremes, GRAIN, Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.memory import load_number
@@ -21,6 +22,7 @@ from pallas_attn.triton.online import Online, Sums
 from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
+from pallas_attn.triton.shown import ALL, ANY, never, Shown, SOME
 from pallas_attn.triton.terms import bound
 from pallas_attn.triton.tile import at_keys, at_queries, Tile
 from pallas_attn.triton.visitor import Own, Step
@@ -51,18 +53,25 @@ class Pruning:
     grains: of keys and of fields.
     reach: the largest |scale [q, A]| (log2) of a forward block of queries.
     floors: the least log2-sum of a grain of queries.
+    shown: of a pass, the blocks of which a mask shows any.
     """
 
     grains: Grains | None = None
     reach: Float[Array, "B N blocks"] | None = None
     floors: Float[Array, "B N grains"] | None = None
+    shown: Shown | None = None
 
-    def added_up(
-        self, w: schedule.Walk, online: Online
-    ) -> tuple[Sums, schedule.Remaining]:
-        """What a query block's key blocks make, and the far ones that remained."""
-        t0, edge = online.t0, online.ops.sight.veiled
-        sums = w.near_loop(
+    @property
+    def order(self) -> Ref | None:
+        """In which own blocks begin: as a mask has it."""
+        return None if self.shown is None else self.shown.order
+
+    def added_up(self, w: schedule.Walk, online: Online) -> tuple[Sums, Visits]:
+        """What a query block's key blocks make, and how many were visited."""
+        t0, sight = online.t0, online.ops.sight
+        sums, near = self._near(
+            t0,
+            w,
             lambda j, side, s: online.add(at_keys(t0, j, side, edge=True), s),
             online.start(),
         )
@@ -73,10 +82,14 @@ class Pruning:
             logs = jnp.where(t0.inside_rows(), online.logs(sums), jnp.inf)
             far = far_keys(t0, w, online.ops, online.held, self, reach, jnp.min(logs))
             add, state, finish = online.further(far, reach, sums)
-        state = far.loop(
-            lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s), state
+        state, count = self._far(
+            t0,
+            far,
+            sight,
+            lambda edge: lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s),
+            state,
         )
-        return finish(state), far
+        return finish(state), (near + count, w.visible)
 
     def over_keys(
         self,
@@ -89,20 +102,20 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the key blocks of a query block."""
-        w, edge = keys_of(t0, plan.two_sided), ops.sight.veiled
-        state = w.near_loop(
-            lambda j, side, s: step(at_keys(t0, j, side, edge=True), s), state
-        )
+        w = keys_of(t0, plan.two_sided)
+
+        def body(edge: bool) -> schedule.Body[State]:
+            return lambda j, side, s: step(at_keys(t0, j, side, edge=edge), s)
+
+        state, near = self._near(t0, w, body(edge=True), state)
         far = schedule.all_far(w.sides)
         if plan.pruned:
             assert isinstance(own.stats, SoftmaxRows)  # entmax has a support
             floor = jnp.min(jnp.where(t0.inside_rows(), own.stats.lse, jnp.inf))
             reach = reach_of(t0.call, own.q, own.qs)
             far = far_keys(t0, w, ops, held, self, reach, floor)
-        state = far.loop(
-            lambda j, side, s: step(at_keys(t0, j, side, edge=edge), s), state
-        )
-        return state, visits(w, far)
+        state, count = self._far(t0, far, ops.sight, body, state)
+        return state, (near + count, w.visible)
 
     def over_queries(
         self,
@@ -114,26 +127,53 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the query blocks of a key block."""
-        w, edge = queries_of(t0, plan.two_sided), ops.sight.veiled
-        state = w.near_loop(
-            lambda i, side, s: step(at_queries(t0, i, side, edge=True), s), state
-        )
+        w = queries_of(t0, plan.two_sided)
+
+        def body(edge: bool) -> schedule.Body[State]:
+            return lambda i, side, s: step(at_queries(t0, i, side, edge=edge), s)
+
+        state, near = self._near(t0, w, body(edge=True), state)
         far = schedule.all_far(w.sides)
         if plan.pruned:
             far = far_queries(t0, w, ops, held, self, plan)
-        state = far.loop(
-            lambda i, side, s: step(at_queries(t0, i, side, edge=edge), s), state
-        )
-        return state, visits(w, far)
+        state, count = self._far(t0, far, ops.sight, body, state)
+        return state, (near + count, w.visible)
+
+    def _near(
+        self, t0: Tile, w: schedule.Walk, body: schedule.Body[State], state: State
+    ) -> tuple[State, Index]:
+        """The loop over near blocks, and how many there were."""
+        if self.shown is None:
+            count = i32(w.near[1]) - i32(w.near[0])
+            return w.near_loop(body, state), count
+        some = [x for x in w.stretches if not never(x)]
+        if not some:
+            return state, i32(0)
+        near = self.shown.of(t0, ANY, some)
+        return near.loop(body, state), near.count
+
+    def _far(
+        self,
+        t0: Tile,
+        far: schedule.Remaining,
+        sight: Sight,
+        body: Callable[[bool], schedule.Body[State]],
+        state: State,
+    ) -> tuple[State, Index]:
+        """The loops over the far blocks that remain, and how many there were.
+
+        body: of whether blocks may have pairs that nobody sees.
+        """
+        if self.shown is None or not far.stretches:
+            return far.loop(body(sight.veiled), state), i32(far.count)
+        some, every = (self.shown.of(t0, x, far.stretches) for x in (SOME, ALL))
+        state = some.loop(body(True), state)
+        state = every.loop(body(sight.veiled_beside_mask), state)
+        return state, some.count + every.count
 
     def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """One tile: every one is visited."""
         return step(t, state)
-
-
-def visits(w: schedule.Walk, far: schedule.Remaining) -> Visits:
-    """How many blocks are visited, and how many there are."""
-    return i32(w.near[1]) - i32(w.near[0]) + i32(far.count), w.visible
 
 
 def far_keys(

@@ -53,7 +53,7 @@ def tangent_kernel(
     plan: Plan,
 ) -> None:
     """Tangents of output and log-sum-exp of one query block."""
-    t0 = query_tile(ops.sight, call, plan, "tangent", program)
+    t0 = query_tile(ops.sight, call, plan, "tangent", program, blocks.order)
     stats, q, products = known.of_rows(t0), t0.rows(ops.q), ops.added.products
     qs, held = [t0.rows(a) for a, _ in products], hold(ops.added, t0, ("", "q"))
     rows = _Rows.of(moves, t0, q)
