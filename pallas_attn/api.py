@@ -152,7 +152,8 @@ def dot_product_attention(
             Gradients are summed over shared axes. Under `vmap` over the query with an
             unmapped bias JAX forms one bias gradient per mapped element before it sums:
             use a batch axis instead.
-        mask: bool [#B, #N, #T, #S], True where a query may attend.
+        mask: bool [#B, #N, #T, #S], True where a query may attend. Kernels leave out
+            whole blocks that it hides where it has all T and S.
         scale: Of the scores; 1/sqrt(H) by default. A number, or a scalar array by which
             the query is multiplied first.
         is_causal: Attend to key positions <= the query's position only.
@@ -326,6 +327,8 @@ def visited(
     **options: Unpack[Options],
 ) -> Visited:
     """The share of visible blocks that each pass visits: what pruning leaves.
+
+    Blocks that a `mask` hides are visible here, as far as nothing else hides them.
 
     Takes the arguments of `dot_product_attention`, and raises what it raises.
 

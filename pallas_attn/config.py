@@ -35,7 +35,8 @@ class Config:
         cols: The backward pass that owns what varies along keys (dk, dv).
         tiles: The backward pass that owns what varies along both (a dense bias), or
             with the distance (a table): square then, of the smaller side.
-        prune: Leave out key blocks that provably hold at most 2^-24 of the weight.
+        prune: Leave out key blocks that provably hold at most 2^-24 of the weight, and
+            those that a mask hides.
         carry_mib: The most MiB of carries that Co-ALiBi's backward passes hand over; it
             goes through groups of heads to stay below, 8 T S / block_k bytes a head.
         tangent: The pass of forward mode, of softmax.

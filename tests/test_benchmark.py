@@ -53,6 +53,7 @@ PROMISED = {
     "B1 N16 T4096 H128 causal, no bias": ("cudnn", 1.10, 1.15),
     "B1 N16 T4096 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
     "B1 N16 T16384 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
+    "B1 N16 T8192 H128, no bias, a mask of 10 % of blocks": ("no-mask", 0.25, 0.25),
     "B1 N16 T4096 H128 causal, table [1,16,4096] float32": ("cudnn", 1.3, 1.5),
     "B1 N16 T16384 H128 causal, table [1,16,16384] float32": ("cudnn", 1.3, 1.5),
     "B1 N16 T4096 H128 causal, ALiBi": ("cudnn", 0.70, 0.64),
@@ -110,6 +111,7 @@ SMALL = (
     small("forget", K=2, causal=True, bias=(FORGETTING,)),
     small("relative", causal=True, bias=(RELATIVE,)),
     small("sink", causal=True, sink=True, peer="no-sink"),
+    small("bigbird", T=256, mask="bigbird", peer="no-mask"),
 )
 SMALL_STEP = StepCase(
     "gpt",
@@ -379,6 +381,7 @@ def test_errors_are_of_the_output_and_every_gradient(run):
         "forget": always | {"log_gate"},
         "relative": always | {"table"},
         "sink": always | {"sink"},
+        "bigbird": always,
     }
     for result in results:
         for side in result["errors"].values():
@@ -438,7 +441,7 @@ def test_a_case_is_lost_where_the_peer_is_faster_or_a_target_is_missed():
 def test_progress_and_the_platform_are_said(run):
     text = run[1]
     assert ("CPU cases only" in text) != measure.on_gpu()
-    assert "compiled 53 of 53 programs" in text
+    assert "compiled 61 of 61 programs" in text
     assert all(f"[{i}/7] {case.name}: " in text for i, case in enumerate(SMALL, 1))
 
 
@@ -541,10 +544,19 @@ def test_gates_run_from_a_half_to_all_but_a_thousandth():
     assert (np.diff(log_gate[0, 0]) > 0).all()
 
 
+def test_a_tenth_of_all_blocks_is_shown():
+    case = small("bigbird", T=2048, mask="bigbird")
+    mask = np.asarray(draw(case, jax.random.key(0)).mask)
+    blocks = mask.reshape(32, 64, 32, 64)
+    np.testing.assert_array_equal(blocks.any((1, 3)), blocks.all((1, 3)))
+    # two rows, two columns and those around the diagonal alone are more at this length
+    assert mask.mean() == pytest.approx((4 * 32 - 4 + 3 * 30 - 6) / 32**2, abs=0.01)
+
+
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 43
+    assert len(report.selected(CASES, [], "gpu")) == 44
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]

@@ -142,7 +142,8 @@ def test_what_no_query_sees_is_not_read():
 def test_just_the_blocks_that_show_any_are_visited(mask):
     """Of blocks as large as what is looked at; of smaller ones no others."""
     sample = masked(CALLS[0], MASKS[mask])
-    config = Config(*(Block(GRAIN, GRAIN, 4, 1) for _ in range(3)))
+    block = Block(GRAIN, GRAIN, 4, 1)
+    config = Config(block, block, block)
     found = visited(**sample.operands, **sample.conditions, **kernels(config=config))
     pad = [(0, -n % GRAIN) for n in (T, S)]
     grains = np.pad(MASKS[mask][0, 0], pad).reshape(-(-T // GRAIN), GRAIN, -1, GRAIN)

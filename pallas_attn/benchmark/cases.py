@@ -234,6 +234,18 @@ SINK_CASES = (
     ),
 )
 
+MASKED = dataclasses.replace(
+    SINK,
+    name="bigbird-8k",
+    origin="the pattern of BigBird (arXiv 2007.14062)",
+    T=8192,
+    causal=False,
+    sink=False,
+    mask="bigbird",
+    peer="no-mask",
+    target=Target(0.25, 0.25),
+)
+
 RELATIVE_CASES = tuple(
     dataclasses.replace(
         SINK,
@@ -310,6 +322,7 @@ CASES = (
         target=Target(0.60, 0.60),
     ),
     *SINK_CASES,
+    MASKED,
     *RELATIVE_CASES,
     *CO_ALIBI_CASES,
     *FORGET_CASES,

@@ -61,6 +61,7 @@ class Sample:
             self.bias(inputs.bias),
             self.normalizer(inputs.normalizer),
             self.query(inputs.cotangent),
+            inputs.mask,
         )
 
     def results(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -125,12 +126,14 @@ def relative_errors(
         the normalizer's.
     """
     sample, dtype = sample_of(case), jnp.dtype(truth_dtype(case))
-    exact = jax.tree.map(lambda x: x.astype(dtype), sample.inputs(inputs))
+    taken = sample.inputs(inputs)
+    exact = jax.tree.map(lambda x: x.astype(dtype), taken._replace(mask=None))
 
     def attend(*operands: Any) -> Array:
         *others, normalizer = operands
         return dot_product_attention(
             *others,
+            mask=taken.mask,
             is_causal=case.causal,
             normalizer=normalizer,
             precision=jax.lax.Precision.HIGHEST,

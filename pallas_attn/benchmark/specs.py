@@ -65,6 +65,8 @@ class Case:
         normalizer: How scores become weights; the peer's is softmax.
         sink: Whether ours is softmax with a sink, a score of each head, which no peer
             has.
+        mask: "bigbird": blocks of 64 x 64, of which a tenth is shown: those around the
+            diagonal, two rows and two columns of them, others at random.
         query_factor: By which queries are multiplied: larger scores.
         config: Of our kernels; None: the shipped choice.
         peer: A name in `peers.PEERS`, or None where no peer can run.
@@ -83,6 +85,7 @@ class Case:
     bias: tuple[Term, ...] = ()
     normalizer: Softmax | Entmax = Softmax()
     sink: bool = False
+    mask: Literal["bigbird"] | None = None
     dtype: str = "bfloat16"
     query_factor: float = 1.0
     config: Config | None = None
@@ -128,6 +131,8 @@ class Case:
     def _unusual(self) -> Iterator[str]:
         if self.sink:
             yield "a sink"
+        if self.mask:
+            yield "a mask of 10 % of blocks"
         if isinstance(self.normalizer, Entmax):
             top_k = self.normalizer.top_k
             yield f"entmax {self.normalizer.alpha}" + (f" top {top_k}" if top_k else "")

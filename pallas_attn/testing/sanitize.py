@@ -37,6 +37,7 @@ CALLS = (
     ("none", "full", "softmax"),
     ("alibi", "causal GQA", "softmax"),
     ("dense", "mask BNTS", "softmax"),
+    ("alibi", "mask TS GQA", "softmax"),
     ("dense-1NTS", "causal lengths GQA", "softmax"),
     ("sum", "causal window lengths", "softmax"),
     ("saturating", "causal segments", "softmax"),
@@ -150,11 +151,13 @@ def run(name: str, *, dirty: bool = False) -> int:
 
     from pallas_attn.config import Config
     from pallas_attn.testing.evaluate import gradients, tangents
+    from pallas_attn.tiled import summaries
     from pallas_attn.triton.entmax import route
 
     if dirty:
         _fill()
     route.LONG = SIZES["S"]  # plain entmax looks at lists too
+    summaries.LOOKED_AT = 1  # and softmax at what masks hide
     case = case_of(name)
     # groups of heads: all but the first store into the arrays of the one before
     config = Config(carry_mib=0) if case.bias.startswith("co_alibi") else None

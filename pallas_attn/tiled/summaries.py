@@ -133,7 +133,9 @@ def grains_of(mask: Bool[Array, "#B #N T S"]) -> Int[Array, "#B #N rows columns"
         start = GRAIN * jnp.arange(count.shape[axis], dtype=jnp.int32)
         whole.append(jnp.minimum(n - start, GRAIN))
     size = whole[1][:, None] * whole[0][None, :]
-    return jnp.where(count == 0, 0, jnp.where(count == size[None, None], 2, 1)).astype(jnp.int8)
+    return jnp.where(count == 0, 0, jnp.where(count == size[None, None], 2, 1)).astype(
+        jnp.int8
+    )
 
 
 def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:
