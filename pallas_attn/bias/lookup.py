@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_attn.call import accumulator
+
 
 # Up to so many (index, row) pairs are compared; above, indices are sorted.
 COMPARED = 2**24
@@ -23,7 +25,8 @@ def entries(
 ) -> Shaped[Array, "*places ..."]:
     """table[index] of a table [L, *rest], NaN where it has no such row.
 
-    What a row is read for is added up in float32, in an order that indices alone fix.
+    What a row is read for is added up in float32 or wider, in an order that indices
+    alone fix.
     """
     inside = jnp.where(index < 0, table.shape[0], index)
     return table.at[inside].get(mode="fill", fill_value=jnp.nan)
@@ -34,7 +37,8 @@ def _along(primals: Any, tangents: Any) -> tuple[Any, Any]:
     """In operations whose transposes add nothing up but by a sum."""
     (table, index), moved = primals, tangents[0]
     count, rest = table.shape[0], table.shape[1:]
-    places, rows = index.reshape(-1), moved.astype(jnp.float32).reshape(count, -1)
+    places, rows = index.reshape(-1), moved.reshape(count, -1)
+    rows = rows.astype(accumulator(rows.dtype))
     small = count * places.size * rows.shape[1] <= COMPARED
     found = (_compared if small else _sorted)(rows, places)
     found = found.astype(moved.dtype).reshape(*index.shape, *rest)

@@ -26,6 +26,7 @@ SHIPPED = [
         ("co_alibi", "causal", "bfloat16", (64, 128, 256)),
         ("co_alibi", "causal", "float32", (64, 128)),
         ("none", "all at once", "bfloat16", (64,)),
+        ("none", "mask TS GQA", "bfloat16", (64, 128)),
         ("none", "soft cap", "bfloat16", (64,)),
         ("none", "dropout", "bfloat16", (64, 128)),
         ("alibi", "causal", "float32", (64, 128, 256)),

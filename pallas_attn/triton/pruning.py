@@ -22,7 +22,7 @@ from pallas_attn.triton.online import Online, Sums
 from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
-from pallas_attn.triton.shown import ALL, ANY, never, Shown, SOME
+from pallas_attn.triton.shown import ALL, ANY, Shown, SOME
 from pallas_attn.triton.terms import bound
 from pallas_attn.triton.tile import at_keys, at_queries, Tile
 from pallas_attn.triton.visitor import Own, Step
@@ -82,14 +82,14 @@ class Pruning:
             logs = jnp.where(t0.inside_rows(), online.logs(sums), jnp.inf)
             far = far_keys(t0, w, online.ops, online.held, self, reach, jnp.min(logs))
             add, state, finish = online.further(far, reach, sums)
-        state, count = self._far(
+        state, rest = self._far(
             t0,
             far,
             sight,
             lambda edge: lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s),
             state,
         )
-        return finish(state), (near + count, w.visible)
+        return finish(state), visits(w, near, rest)
 
     def over_keys(
         self,
@@ -114,8 +114,8 @@ class Pruning:
             floor = jnp.min(jnp.where(t0.inside_rows(), own.stats.lse, jnp.inf))
             reach = reach_of(t0.call, own.q, own.qs)
             far = far_keys(t0, w, ops, held, self, reach, floor)
-        state, count = self._far(t0, far, ops.sight, body, state)
-        return state, (near + count, w.visible)
+        state, rest = self._far(t0, far, ops.sight, body, state)
+        return state, visits(w, near, rest)
 
     def over_queries(
         self,
@@ -136,21 +136,17 @@ class Pruning:
         far = schedule.all_far(w.sides)
         if plan.pruned:
             far = far_queries(t0, w, ops, held, self, plan)
-        state, count = self._far(t0, far, ops.sight, body, state)
-        return state, (near + count, w.visible)
+        state, rest = self._far(t0, far, ops.sight, body, state)
+        return state, visits(w, near, rest)
 
     def _near(
         self, t0: Tile, w: schedule.Walk, body: schedule.Body[State], state: State
-    ) -> tuple[State, Index]:
-        """The loop over near blocks, and how many there were."""
+    ) -> tuple[State, schedule.Remaining | None]:
+        """The loop over near blocks, and which they are if not all."""
         if self.shown is None:
-            count = i32(w.near[1]) - i32(w.near[0])
-            return w.near_loop(body, state), count
-        some = [x for x in w.stretches if not never(x)]
-        if not some:
-            return state, i32(0)
-        near = self.shown.of(t0, ANY, some)
-        return near.loop(body, state), near.count
+            return w.near_loop(body, state), None
+        near = self.shown.of(t0, ANY, w.stretches())
+        return near.loop(body, state), near
 
     def _far(
         self,
@@ -159,21 +155,29 @@ class Pruning:
         sight: Sight,
         body: Callable[[bool], schedule.Body[State]],
         state: State,
-    ) -> tuple[State, Index]:
-        """The loops over the far blocks that remain, and how many there were.
+    ) -> tuple[State, list[schedule.Remaining]]:
+        """The loops over the far blocks that remain, and which they are.
 
         body: of whether blocks may have pairs that nobody sees.
         """
-        if self.shown is None or not far.stretches:
-            return far.loop(body(sight.veiled), state), i32(far.count)
-        some, every = (self.shown.of(t0, x, far.stretches) for x in (SOME, ALL))
+        if self.shown is None or far.stretches is None:
+            return far.loop(body(sight.veiled), state), [far]
+        lie = far.stretches()
+        some, every = (self.shown.of(t0, kind, lie) for kind in (SOME, ALL))
         state = some.loop(body(True), state)
-        state = every.loop(body(sight.veiled_beside_mask), state)
-        return state, some.count + every.count
+        return every.loop(body(sight.veiled_beside_mask), state), [some, every]
 
     def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """One tile: every one is visited."""
         return step(t, state)
+
+
+def visits(
+    w: schedule.Walk, near: schedule.Remaining | None, far: list[schedule.Remaining]
+) -> Visits:
+    """How many blocks are visited, and how many there are; near: None if all are."""
+    begun = i32(w.near[1]) - i32(w.near[0]) if near is None else near.count
+    return sum([i32(x.count) for x in far], begun), w.visible
 
 
 def far_keys(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -87,15 +87,14 @@ class Walk:
     near: Range
     at: Callable[[Index], Index] | None
     sides: tuple[Side, ...]
-    edges: tuple[Range, ...] = ()
+    edges: Callable[[], Sequence[Range]] = tuple
 
-    @property
     def stretches(self) -> list[Stretch]:
-        """The near blocks, in the order of storage where they are beside each other."""
-        lo, hi = self.near
-        for first, last in self.edges:
+        """Where the near blocks lie."""
+        (lo, hi), edges = self.near, self.edges()
+        for first, last in edges:
             hi = hi - (last - first)
-        return [(lo, hi, 0), *((first, last, 0) for first, last in self.edges)]
+        return [(lo, hi, 0), *((first, last, 0) for first, last in edges)]
 
     @property
     def visible(self) -> Index:
@@ -117,7 +116,7 @@ class Remaining:
     """Blocks that are visited: how many, the t-th as (block, side), a bound.
 
     top: an upper bound of their scores in log2 units; inf if there is none.
-    stretches: where they lie.
+    stretches: what says where they lie; None: they are none, or nobody knows.
     ahead: whether a block's number is read while the one before is visited: Triton
         loads fewer blocks ahead where it must wait for their numbers, and none where
         they are read two before.
@@ -126,7 +125,7 @@ class Remaining:
     count: Index
     at: Callable[[Index], tuple[Index, Scalar]]
     top: Scalar = math.inf
-    stretches: tuple[Stretch, ...] = ()
+    stretches: Callable[[], Sequence[Stretch]] | None = None
     ahead: bool = False
 
     def loop(self, body: Body[State], state: State) -> State:
@@ -277,7 +276,7 @@ def _split(
         return jnp.where(t < end, t, edge)
 
     near = (begin, end + low + high)
-    edges = ((first, first + low), (tail, tail + high))
+    edges = lambda: ((first, first + low), (tail, tail + high))
     return Walk((first, last), near, at, tuple(sides), edges)
 
 
@@ -457,11 +456,11 @@ def _remaining(
         s.count if cuts is None else s.count - (cuts[n][1] - cuts[n][0])
         for n, s in enumerate(sides)
     ]
-    stretches = tuple(
-        stretch
-        for n, s in enumerate(sides)
-        for stretch in _stretches(s, None if cuts is None else cuts[n])
-    )
+
+    def stretches() -> list[Stretch]:
+        cut = [None] * len(sides) if cuts is None else cuts
+        return [x for y in map(_stretches, sides, cut) for x in y]
+
     if len(sides) == 1:
         at_one = lambda t: (block(t, 0), sides[0].side)
         return Remaining(left[0], at_one, top, stretches)

@@ -50,6 +50,9 @@ class Shown:
 
     def of(self, t: Tile, kind: int, stretches: Sequence[Stretch]) -> Remaining:
         """The blocks of a kind in some stretches, for the own block of a tile."""
+        stretches = [x for x in stretches if not _never(x)]
+        if not stretches:
+            return Remaining(0, lambda n: (n, 0))
         own = t.k0 // i32(t.bk) if self.by_key else t.q0 // i32(t.bq)
         lead = (*lead_of(self.at, t.call, t.b, t.h), own, i32(0) * own + kind)
 
@@ -99,6 +102,12 @@ def shown(sight: Sight, call: Call, block: Block, *, by_key: bool) -> Shown | No
     return Shown(at, before, order.astype(i32), by_key)
 
 
+def _never(stretch: Stretch) -> bool:
+    """Whether a stretch has no block, known statically."""
+    lo, hi, _ = stretch
+    return isinstance(lo, int) and isinstance(hi, int) and lo >= hi
+
+
 def _in_sight(
     kind: Bool[Array, "#B #N own others"], call: Call, block: Block, by_key: bool
 ) -> Bool[Array, "#B #N own others"]:
@@ -109,12 +118,6 @@ def _in_sight(
     q, k = (lax.broadcasted_iota(i32, shape, axis) for axis in (0, 1))
     seen = k * block.block_k <= q * block.block_q + (block.block_q - 1 + call.offset)
     return kind & (seen.T if by_key else seen)[None, None]
-
-
-def never(stretch: Stretch) -> bool:
-    """Whether a stretch has no block, known statically."""
-    lo, hi, _ = stretch
-    return isinstance(lo, int) and isinstance(hi, int) and lo >= hi
 
 
 def _by_blocks(

@@ -15,7 +15,7 @@ from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton import schedule
 from pallas_attn.triton.programs import keys_of, Visits
-from pallas_attn.triton.pruning import Grains, largest_scores
+from pallas_attn.triton.pruning import Grains, largest_scores, visits
 from pallas_attn.triton.scores import reach_of, row_scores
 from pallas_attn.triton.terms import hold
 from pallas_attn.triton.tile import at_keys, Tile
@@ -95,8 +95,7 @@ class Sweep:
     @property
     def visits(self) -> Visits:
         """How many blocks it visits, and how many there are."""
-        near = i32(self.near.near[1]) - i32(self.near.near[0])
-        return near + i32(self.far.count), self.near.visible
+        return visits(self.near, None, [self.far])
 
 
 def sweep_of(t0: Tile, ops: Operands, plan: Plan) -> Sweep:
