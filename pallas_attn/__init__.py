@@ -9,7 +9,15 @@ from pallas_attn.api import (
     visited,
 )
 from pallas_attn.bias.alibi import ALiBi, alibi_slopes, linear_alibi_slopes
-from pallas_attn.bias.base import Bias, head_home, key_home, pair_home, query_home, Sum
+from pallas_attn.bias.base import (
+    Bias,
+    distance_home,
+    head_home,
+    key_home,
+    pair_home,
+    query_home,
+    Sum,
+)
 from pallas_attn.bias.builders import (
     alibi_factors,
     squared_distance_factors,
@@ -20,6 +28,7 @@ from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.config import Block, Config
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
@@ -35,6 +44,7 @@ __all__ = [
     "Entmax",
     "FactoredBias",
     "ForgetGate",
+    "RelativeBias",
     "Softmax",
     "Sparsity",
     "Sum",
@@ -44,6 +54,7 @@ __all__ = [
     "alibi_slopes",
     "attention_weights",
     "co_alibi_slopes",
+    "distance_home",
     "dot_product_attention",
     "head_home",
     "key_home",

@@ -152,7 +152,8 @@ def dot_product_attention(
             Gradients are summed over shared axes. Under `vmap` over the query with an
             unmapped bias JAX forms one bias gradient per mapped element before it sums:
             use a batch axis instead.
-        mask: bool [#B, #N, #T, #S], True where a query may attend.
+        mask: bool [#B, #N, #T, #S], True where a query may attend. Kernels leave out
+            whole blocks that it hides where it has all T and S.
         scale: Of the scores; 1/sqrt(H) by default. A number, or a scalar array by which
             the query is multiplied first.
         is_causal: Attend to key positions <= the query's position only.
@@ -184,9 +185,10 @@ def dot_product_attention(
             `jax.default_matmul_precision`.
         implementation: "triton" (Pallas kernels; a CUDA GPU of compute capability
             >= 8.0, heads of at most 256), "triton_interpret" (the same kernels,
-            interpreted on any platform), "xla" (chunked, linear memory, any platform;
-            twice differentiable) or "reference" (dense). None is "triton" where it can
-            run, else "xla"; a sequence is tried in order. A named one never falls back.
+            interpreted on any platform), "xla" (chunked, linear memory, any platform)
+            or "reference" (dense); each is differentiable in every mode of JAX. None is
+            "triton" where it can run, else "xla"; a sequence is tried in order. A named
+            one never falls back.
         config: Block sizes of the kernels, and whether to prune.
         return_residual: Also return lse; of entmax tau, where alpha is 1 lse.
 
@@ -325,6 +327,8 @@ def visited(
     **options: Unpack[Options],
 ) -> Visited:
     """The share of visible blocks that each pass visits: what pruning leaves.
+
+    Blocks that a `mask` hides are visible here, as far as nothing else hides them.
 
     Takes the arguments of `dot_product_attention`, and raises what it raises.
 

@@ -31,7 +31,7 @@ from pallas_attn.visibility import positions, Visibility
 
 
 # Axes of a field behind the leading ones.
-RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3}
+RANKS = {"head": 1, "query": 2, "key": 2, "pair": 3, "diagonal": 2}
 
 # Of scales beyond these a power of two is multiplied into the query: kernels divide by
 # the scale what is added to scores, down to -1e30.
@@ -143,6 +143,8 @@ def canonical(
         shared_kib=shared_kib(device.capability, device.kind),
     )
     place = _place(sizes, call, visibility, alone=_one_placed(bias))
+    # lists of keys read an array, not its diagonals
+    place = dataclasses.replace(place, diagonal=not (visibility.placed or sparse))
     bias = _bias(bias, sizes, place)
     q, k, v = (flattened(x, sizes.leading, 3) for x in (q, k, v))
     return Request(Problem(q, k, v, bias, normalizer, visibility, call), name, sizes)
@@ -286,7 +288,9 @@ def _added(bias: Bias, sizes: Sizes, place: Place) -> Added:
 
     def term(part: check_bias.Part, fields: dict[str, Array]) -> Bias:
         at = homes(part.term)
-        flats = {name: flat(x, RANKS[at[name]]) for name, x in fields.items()}
+        away = "diagonal" if place.diagonal else "pair"
+        ranks = {n: RANKS[away if at[n] == "distance" else at[n]] for n in fields}
+        flats = {name: flat(x, ranks[name]) for name, x in fields.items()}
         return dataclasses.replace(part.term, **flats)
 
     parts = check_bias.parts(bias, place, sizes)

@@ -33,10 +33,13 @@ class Config:
         forward: The forward pass.
         rows: The backward pass that owns what varies along queries (dq).
         cols: The backward pass that owns what varies along keys (dk, dv).
-        tiles: The backward pass that owns what varies along both (a dense bias).
-        prune: Leave out key blocks that provably hold at most 2^-24 of the weight.
+        tiles: The backward pass that owns what varies along both (a dense bias), or
+            with the distance (a table): square then, of the smaller side.
+        prune: Leave out key blocks that provably hold at most 2^-24 of the weight, and
+            those that a mask hides.
         carry_mib: The most MiB of carries that Co-ALiBi's backward passes hand over; it
             goes through groups of heads to stay below, 8 T S / block_k bytes a head.
+        tangent: The pass of forward mode, of softmax.
 
     >>> config = Config(forward=Block(64, 32), prune=False)
     >>> config.rows is None  # the shipped choice
@@ -49,3 +52,4 @@ class Config:
     tiles: Block | None = None
     prune: bool = True
     carry_mib: int = 512
+    tangent: Block | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, Literal, NamedTuple
@@ -130,8 +131,9 @@ class Functions(NamedTuple):
     sparsity: Callable[[Problem], tuple[Array, Array]] | None = None
 
 
+@functools.cache
 def functions_of(name: str, family: str) -> Functions:
-    """The functions behind a name, imported when they are first used.
+    """The functions behind a name, imported when they are first used; always the same.
 
     Args:
         name: One of `NAMES`.
@@ -163,17 +165,22 @@ def _xla(family: str) -> Functions:
 
 
 def _triton(family: str) -> Functions:
+    """Kernels; of derivatives, what no kernel computes is what "xla" does."""
+    plain = _xla(family).attend
     if family == "entmax":
         from pallas_attn.triton.entmax import attention as entmax
 
-        return Functions(entmax.attend, entmax.visited_blocks, entmax.sparsity_shares)
+        attend = functools.partial(entmax.attend, plain=plain)
+        return Functions(attend, entmax.visited_blocks, entmax.sparsity_shares)
     if family == "co_alibi":
         from pallas_attn.triton.co_alibi import attention as co_alibi
 
-        return Functions(co_alibi.attend, co_alibi.visited_blocks)
+        attend = functools.partial(co_alibi.attend, plain=plain)
+        return Functions(attend, co_alibi.visited_blocks)
     from pallas_attn.triton import attention
 
-    return Functions(attention.attend, attention.visited_blocks)
+    attend = functools.partial(attention.attend, plain=plain)
+    return Functions(attend, attention.visited_blocks)
 
 
 def _no_cuda(device: Device) -> str | None:

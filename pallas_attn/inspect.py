@@ -30,6 +30,7 @@ CASES = {
     "dense": Case("dense", "full"),
     "dense shared": Case("dense-1NTS", "full"),
     "dense per key": Case("dense-B11S", "full"),
+    "relative": Case("relative-long", "causal"),
     "Co-ALiBi": Case("co_alibi", "causal"),
     "own tile": Case("saturating", "causal"),
     "entmax": Case("none", "causal", (), "entmax 1.5"),

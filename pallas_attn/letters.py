@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.bias.base import Added, Bias, homes, is_diagonal
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.problem import Problem
@@ -16,6 +16,7 @@ from pallas_attn.visibility import Visibility
 
 # The axes of a field with each home; an axis of size 1 is shared.
 FIELDS = {"head": "BN", "query": "BTN", "key": "BSN", "pair": "BNTS"}
+DIAGONALS = "BNd"  # of one with a number per diagonal
 
 VISIBILITY = {
     "offset": "B",
@@ -81,8 +82,18 @@ def _of_bias(bias: Added | Bias) -> Any:
 
 
 def _of_term(term: Bias) -> Bias:
-    fields = {n: Axes(f"bias.{n}", FIELDS[h]) for n, h in homes(term).items()}
+    fields = {
+        n: Axes(f"bias.{n}", letters(h, getattr(term, n)))
+        for n, h in homes(term).items()
+    }
     return dataclasses.replace(term, **fields)
+
+
+def letters(home: str, x: Any) -> str:
+    """The axes of a field as implementations have it."""
+    if home != "distance":
+        return FIELDS[home]
+    return DIAGONALS if is_diagonal(home, x.ndim) else FIELDS["pair"]
 
 
 def _of_visibility(visibility: Visibility) -> Any:

@@ -113,7 +113,9 @@ def seen(places: Bool[Array, "#B #N T S"], x: Array, home: str, dtype: Any) -> A
             by = jnp.swapaxes(places.any(3), 1, 2)
         case "key":  # [#B, S, #N, ...]
             by = jnp.swapaxes(places.any(2), 1, 2)
-        case "pair":  # [#B, #N, #T, #S]; what a whole row shares stays one number
+        case (
+            "pair" | "distance"
+        ):  # [#B, #N, #T, #S]; what a whole row shares stays one number
             shared = tuple(axis for axis in (2, 3) if x.shape[axis] == 1)
             by = places.any(shared, keepdims=True)
         case _:

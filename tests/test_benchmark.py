@@ -30,7 +30,15 @@ from pallas_attn.benchmark.inputs import draw, shapes_of
 from pallas_attn.benchmark.peers import Peer, PEERS
 from pallas_attn.benchmark.programs import ours, Side
 from pallas_attn.benchmark.results import Result
-from pallas_attn.benchmark.specs import ALIBI, Case, CO_ALIBI, DENSE, Target, Term
+from pallas_attn.benchmark.specs import (
+    ALIBI,
+    Case,
+    CO_ALIBI,
+    DENSE,
+    RELATIVE,
+    Target,
+    Term,
+)
 from pallas_attn.benchmark.training_step import StepCase, STEPS, StepTarget
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.config import Block, Config
@@ -45,6 +53,9 @@ PROMISED = {
     "B1 N16 T4096 H128 causal, no bias": ("cudnn", 1.10, 1.15),
     "B1 N16 T4096 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
     "B1 N16 T16384 H128 causal, no bias, a sink": ("no-sink", 1.02, 1.02),
+    "B1 N16 T8192 H128, no bias, a mask of 10 % of blocks": ("no-mask", 0.25, 0.25),
+    "B1 N16 T4096 H128 causal, table [1,16,4096] float32": ("cudnn", 1.3, 1.5),
+    "B1 N16 T16384 H128 causal, table [1,16,16384] float32": ("cudnn", 1.3, 1.5),
     "B1 N16 T4096 H128 causal, ALiBi": ("cudnn", 0.70, 0.64),
     "B1 N16 T16384 H128 causal, ALiBi": ("cudnn", 0.37, 0.34),
     "B1 N16 T4096 H128 causal, ALiBi + factored R8": ("cudnn", 1.05, 0.84),
@@ -98,7 +109,9 @@ SMALL = (
     small("shared", bias=(Term("dense", shared=True),)),
     small("co-alibi", K=2, causal=True, bias=(CO_ALIBI,), peer=None),
     small("forget", K=2, causal=True, bias=(FORGETTING,)),
+    small("relative", causal=True, bias=(RELATIVE,)),
     small("sink", causal=True, sink=True, peer="no-sink"),
+    small("bigbird", T=256, mask="bigbird", peer="no-mask"),
 )
 SMALL_STEP = StepCase(
     "gpt",
@@ -146,6 +159,7 @@ def test_memory_is_promised_where_an_implementation_could_need_much():
     }
     assert found == {
         "af3": 64,
+        "relative-4k": 8,
         "co-alibi-4k": 40,
         "co-alibi-4k-float16": 40,
         "co-alibi-4k-unpruned": 40,
@@ -365,7 +379,9 @@ def test_errors_are_of_the_output_and_every_gradient(run):
         "shared": always | {"bias"},
         "co-alibi": always | {"slopes"},
         "forget": always | {"log_gate"},
+        "relative": always | {"table"},
         "sink": always | {"sink"},
+        "bigbird": always,
     }
     for result in results:
         for side in result["errors"].values():
@@ -425,8 +441,8 @@ def test_a_case_is_lost_where_the_peer_is_faster_or_a_target_is_missed():
 def test_progress_and_the_platform_are_said(run):
     text = run[1]
     assert ("CPU cases only" in text) != measure.on_gpu()
-    assert "compiled 45 of 45 programs" in text
-    assert all(f"[{i}/6] {case.name}: " in text for i, case in enumerate(SMALL, 1))
+    assert "compiled 61 of 61 programs" in text
+    assert all(f"[{i}/7] {case.name}: " in text for i, case in enumerate(SMALL, 1))
 
 
 def test_a_peer_without_the_bias_is_judged_by_its_own_truth(monkeypatch, tmp_path):
@@ -528,10 +544,19 @@ def test_gates_run_from_a_half_to_all_but_a_thousandth():
     assert (np.diff(log_gate[0, 0]) > 0).all()
 
 
+def test_a_tenth_of_all_blocks_is_shown():
+    case = small("bigbird", T=2048, mask="bigbird")
+    mask = np.asarray(draw(case, jax.random.key(0)).mask)
+    blocks = mask.reshape(32, 64, 32, 64)
+    np.testing.assert_array_equal(blocks.any((1, 3)), blocks.all((1, 3)))
+    # two rows, two columns and those around the diagonal alone are more at this length
+    assert mask.mean() == pytest.approx((4 * 32 - 4 + 3 * 30 - 6) / 32**2, abs=0.01)
+
+
 def test_cases_are_selected_by_name_and_platform():
     here = report.selected(CASES, [], "cpu")
     assert {case.name for case in here} == {"cpu-alibi", "cpu-dense"}
-    assert len(report.selected(CASES, [], "gpu")) == 41
+    assert len(report.selected(CASES, [], "gpu")) == 44
     named = report.selected(CASES, ["dense-*", "af3", "cpu-*"], "gpu")
     assert [x.name for x in named] == ["dense-h128", "dense-h64", "dense-h32", "af3"]
     assert [x.name for x in report.selected(CASES, ["*-32k"], "cpu")]
@@ -541,6 +566,7 @@ def test_a_sweep_times_each_block(tmp_path):
     path = tmp_path / "report.json"
     arguments = ["alibi", "--repeats", "1", "--json", str(path)]
     arguments += ["--sweep", "forward=32x32x4x2,64x32x4x3", "--sweep", "rows=16x16x4x1"]
+    arguments += ["--sweep", "tangent=16x16x4x1"]
     assert report.main(arguments, SMALL) == 0
     trials = [sweep.Trial(**x) for x in json.loads(path.read_text())["sweep"]]
     assert sorted((t.work, t.name) for t in trials) == [
@@ -549,6 +575,8 @@ def test_a_sweep_times_each_block(tmp_path):
         ("forward", "forward=32x32x4x2"),
         ("forward", "forward=64x32x4x3"),
         ("forward", "shipped"),
+        ("tangents", "shipped"),
+        ("tangents", "tangent=16x16x4x1"),
     ]
     if not measure.on_gpu():  # "xla" has no blocks
         assert {trial.difference for trial in trials} == {0.0}

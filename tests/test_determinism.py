@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Literal
 
-from pallas_attn import dot_product_attention, ForgetGate
+from pallas_attn import dot_product_attention, Entmax, ForgetGate, RelativeBias
+from pallas_attn.layers.tables import at_positions, of_pairs
 from pallas_attn.testing.cases import Case, KINDS
 from pallas_attn.testing.evaluate import implementations, small, with_gradients
 from pallas_attn.testing.numerics import assert_same_bits
@@ -73,6 +74,66 @@ def most_added_up(f: Callable[..., Any], *operands: jax.Array) -> list[float]:
     closed = jax.make_jaxpr(f)(*operands)
     run(closed.jaxpr, closed.consts, *operands)
     return found
+
+
+@pytest.mark.at_most(6)
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("bias", KINDS)
+def test_no_gradient_adds_up_as_it_comes(bias, implementation):
+    """Twice the same bits on a CPU, whose scatters have an order, say less."""
+    sample = Case(bias, "causal GQA").at().sample()
+    evaluate = with_gradients(
+        sample.settings, implementation=implementation, config=small(bias)
+    )
+    leaves, tree = jax.tree.flatten(
+        (sample.operands, sample.conditions, sample.cotangents)
+    )
+    counts = most_added_up(lambda *x: evaluate(*tree.unflatten(x)), *leaves)
+    assert max(counts, default=0) <= 1
+
+
+@pytest.mark.parametrize("way", ["causal", "positions", "entmax", "offsets", "mapped"])
+def test_no_number_of_a_distance_adds_up_as_it_comes(way, getkey):
+    """Wherever pairs look up the table of distances, written out or not."""
+    q, k, v = jax.random.normal(getkey(), (3, 2, 23, 2, 8))
+    table = jax.random.normal(getkey(), (2, 9))
+    order, two = jnp.arange(23, dtype=jnp.int32), jnp.asarray([2, 5], jnp.int32)
+    settings: dict[str, Any] = {
+        "causal": {},
+        "positions": {"query_positions": order, "key_positions": order[::-1]},
+        "entmax": {"normalizer": Entmax(1.5, 8)},
+        "offsets": {"query_offset": two},
+        "mapped": {},
+    }[way]
+
+    def loss(table: jax.Array) -> jax.Array:
+        def one(**more: Any) -> jax.Array:
+            return dot_product_attention(
+                q, k, v, RelativeBias(table, -2), is_causal=True,
+                implementation="xla", **settings, **more,
+            )  # fmt: skip
+
+        if way != "mapped":
+            return jnp.sum(one() ** 2)
+        starts = jnp.stack([two, two + 1])
+        return jnp.sum(jax.vmap(lambda x: one(query_offset=x))(starts) ** 2)
+
+    assert max(most_added_up(jax.grad(loss), table), default=0) <= 1
+
+
+@pytest.mark.parametrize("heads", ["together", "apart"])
+def test_no_row_of_a_table_adds_up_as_it_comes(heads, getkey):
+    """Tokens of two batch entries stand in the same places; heads do or do not."""
+    table = jax.random.normal(getkey(), (9, 2, 3))
+    shape = (2, 1 if heads == "together" else 2, 7)
+    places = jax.random.randint(getkey(), shape, 0, 9)
+
+    def loss(table: jax.Array) -> jax.Array:
+        rows = at_positions(table, places)
+        pairs = of_pairs(table[..., 0], places[..., None, :])
+        return jnp.sum(rows**2) + jnp.sum(pairs**2)
+
+    assert max(most_added_up(jax.grad(loss), table), default=0) <= 1
 
 
 @pytest.mark.parametrize("given", ["query_offset", "key_positions"])

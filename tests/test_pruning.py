@@ -17,6 +17,7 @@ from pallas_attn import (
     DenseBias,
     FactoredBias,
     ForgetGate,
+    RelativeBias,
     visited,
 )
 from pallas_attn.bias.base import head_home
@@ -69,6 +70,16 @@ def gates(*logs):
     return ForgetGate(steps * jnp.array(logs)[None, None])
 
 
+def table(*spread, first=-192):
+    """A table that decays, and some numbers that would show a wrong bound."""
+    away = jnp.abs(jnp.arange(384.0) + first)[None]
+    noise = jax.random.normal(jax.random.key(5), (2, 384))
+    numbers = jnp.array([[-0.9], [-0.2]]) * away + noise
+    for place, x in spread:
+        numbers = numbers.at[:, place - first].set(x)
+    return RelativeBias(numbers, first)
+
+
 def of_keys(*spread):
     """One number a key, and some values that would show a wrong extreme."""
     bias = jax.random.normal(jax.random.key(4), (1, 2, 1, 192))
@@ -112,6 +123,16 @@ ADVERSARIES = {
     "gates full": Adversary({}, gates(-1.5, -0.1), {"T": 181}),
     "gates that forget everything": Adversary(bias=gates(-300.0, -1e-3)),
     "gates and slopes": Adversary(bias=gates(-0.2, -0.1) + STEEP),
+    "table": Adversary(bias=table()),
+    "table full": Adversary({}, table(), {"T": 181, "S": 167}),
+    "table with a far peak": Adversary(bias=table((150, 7.0))),
+    "table with a peak of the first key": Adversary({}, table((-191, 9.0), (191, 9.0))),
+    "NaN in a table": Adversary(bias=table((-40, jnp.nan))),
+    "table of a short first": Adversary(
+        {"is_causal": True, "query_offset": 60},
+        table((200, 3.0), first=-30) + STEEP,
+        {"T": 140},
+    ),
     "keys at -1e9": Adversary({}, of_keys((slice(60, 192), -1e9))),
     "keys at -inf": Adversary(CAUSAL, of_keys((slice(40, 140), -jnp.inf))),
     "NaN of a key": Adversary({}, of_keys((slice(60, 192), -1e9), (100, jnp.nan))),
@@ -210,6 +231,24 @@ def shares(adversary, config=PRUNED):
     return jax.jit(
         lambda operands: visited(**{**given, **operands}, config=config, **OPTIONS)
     )(drawn.operands)
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, {}], ids=["causal", "full"])
+def test_a_table_of_linear_numbers_is_left_out_as_slopes_are(settings):
+    """But for the grains of diagonals that a block has beside its own."""
+    slopes = jnp.array([0.9, 0.1])
+    away = jnp.abs(jnp.arange(1023.0) - 511)[None]
+    drawn = Case("none").at(B=1, T=512, S=512).sample().operands
+    query, key, value = (drawn[name] for name in ("query", "key", "value"))
+    shares, least = (
+        visited(query, key, value, bias, config=PRUNED, **settings, **OPTIONS)
+        for bias in (RelativeBias(-slopes[:, None] * away, -511), ALiBi(slopes))
+    )
+    grain = 64 / 512 * (2 if settings else 4)
+    for some, of_slopes in zip(shares, least, strict=True):
+        assert (some >= of_slopes).all()
+        assert (some <= of_slopes + grain).all()
+        assert (some[:, 0] < 0.8).all()
 
 
 @pytest.mark.parametrize("settings", [CAUSAL, {}], ids=["causal", "full"])

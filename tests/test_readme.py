@@ -224,7 +224,10 @@ def test_the_speeds_of_the_readme_are_those_of_the_reports():
 def test_biases_of_the_tables_are_public():
     table = section(GUIDE, "Biases")
     named = re.findall(r"^\|[^|]*`([A-Z]\w+)` \|", table, re.MULTILINE)
-    assert named == ["DenseBias", "FactoredBias", "ALiBi", "CoALiBi", "ForgetGate"]
+    assert named == [
+        *("DenseBias", "FactoredBias", "ALiBi", "CoALiBi", "ForgetGate"),
+        "RelativeBias",
+    ]
     assert set(named) <= set(vars(pallas_attn))
     rows = re.findall(r"^\|.*", section(README, "Which bias for what"), re.MULTILINE)
     advised = set(re.findall(r"\b[A-Z]\w+(?=`|\()", " ".join(rows)))

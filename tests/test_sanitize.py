@@ -12,6 +12,7 @@ from pallas_attn.testing.cases import Case
 from pallas_attn.testing.evaluate import (
     kernel_implementation,
     small,
+    tangents,
     with_gradients,
 )
 from pallas_attn.testing.jaxprs import kernel_names
@@ -32,10 +33,12 @@ def test_every_kernel_is_sanitized(monkeypatch):
     for name in sanitize.names():
         if name.startswith("bfloat16 64") or name == "bfloat16 128 2":
             case = sanitize.case_of(name)
-            sample = case.specs()
-            run = with_gradients(sample.settings, implementation="triton_interpret")
+            sample, on = case.specs(), "triton_interpret"
             arrays = (sample.operands, sample.conditions, sample.cotangents)
-            ran |= set(kernel_names(run, *arrays))
+            back = with_gradients(sample.settings, implementation=on)
+            along = tangents(sample.settings, implementation=on)
+            ran |= set(kernel_names(back, *arrays))
+            ran |= set(kernel_names(along, *arrays[:2]))
     # `sparsity` alone runs it
     assert written - ran <= {"census_kernel"}
 

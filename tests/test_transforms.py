@@ -24,8 +24,6 @@ from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 everywhere = pytest.mark.parametrize("implementation", implementations())
 KERNELS = kernel_implementation()
-# differentiable twice and forward
-PLAIN = ["xla", "reference"]
 
 
 def attend(query, key, value, bias=None, mask=None, **options):
@@ -190,23 +188,6 @@ def test_jvp_and_second_order_of_plain_jax(bias):
     first, second = products("xla")
     assert_formula(first, products("reference")[0])
     assert_formula(second, first)
-
-
-@pytest.mark.parametrize("bias", ["alibi", "co_alibi"])
-def test_kernels_are_differentiable_once_and_say_so(bias):
-    sample = Case(bias, "causal").sample()
-    query = sample.operands["query"]
-    f = lambda query: attend(
-        **{**sample.operands, "query": query}, implementation=KERNELS
-    )
-    refused = (NotImplementedError, TypeError)
-    with pytest.raises(refused, match=r"jvp|forward-mode|xla"):
-        jax.jvp(f, (query,), (query,))
-    slope = jax.grad(lambda query: f(query).sum())
-    with pytest.raises(refused, match=r"jvp|forward-mode|xla"):
-        jax.jvp(slope, (query,), (query,))
-    with pytest.raises(refused, match=r"jvp|forward-mode|xla"):
-        jax.grad(lambda query: slope(query).sum())(query)
 
 
 @pytest.mark.parametrize(

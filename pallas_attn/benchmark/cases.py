@@ -11,6 +11,7 @@ from pallas_attn.benchmark.specs import (
     DENSE,
     FORGET,
     FORGET_SLOWLY,
+    RELATIVE,
     Target,
     Term,
 )
@@ -233,6 +234,32 @@ SINK_CASES = (
     ),
 )
 
+MASKED = dataclasses.replace(
+    SINK,
+    name="bigbird-8k",
+    origin="the pattern of BigBird (arXiv 2007.14062)",
+    T=8192,
+    causal=False,
+    sink=False,
+    mask="bigbird",
+    peer="no-mask",
+    target=Target(0.25, 0.25),
+)
+
+RELATIVE_CASES = tuple(
+    dataclasses.replace(
+        SINK,
+        name=f"relative-{length // 1024}k",
+        origin=f"{FROM_CO_ALIBI}; a learned number for each distance",
+        T=length,
+        sink=False,
+        bias=(RELATIVE,),
+        peer="cudnn",
+        target=Target(1.3, 1.5, temporaries_mib=mib),
+    )
+    for length, mib in ((4096, 8.0), (16384, None))
+)
+
 CASES = (
     Case(
         name="none-4k",
@@ -295,6 +322,8 @@ CASES = (
         target=Target(0.60, 0.60),
     ),
     *SINK_CASES,
+    MASKED,
+    *RELATIVE_CASES,
     *CO_ALIBI_CASES,
     *FORGET_CASES,
     *ENTMAX_CASES,

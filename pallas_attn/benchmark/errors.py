@@ -61,6 +61,7 @@ class Sample:
             self.bias(inputs.bias),
             self.normalizer(inputs.normalizer),
             self.query(inputs.cotangent),
+            inputs.mask,
         )
 
     def results(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Sample:
         def part(home: str, x: Array) -> Array:
             if x.ndim == 1:  # slopes [N]
                 return _take(x, 0, self.heads)
-            heads = 1 if home in ("head", "pair") else 2
+            heads = 1 if home in ("head", "pair", "distance") else 2
             return _take(_take(x, 0, self.batch), heads, self.heads)
 
         fields = homes(term).items()
@@ -92,8 +93,8 @@ class Sample:
 
 def sample_of(case: Case) -> Sample:
     """The first and the last key head, and their query heads."""
-    slopes = ("alibi", "co_alibi")  # of all batch entries
-    summed = any(t.shared or t.kind in slopes for t in case.bias) or case.sink
+    whole = ("alibi", "co_alibi", "relative")  # of all batch entries
+    summed = any(t.shared or t.kind in whole for t in case.bias) or case.sink
     shared = case.B > 1 and summed
     key_heads = tuple(sorted({0, case.key_heads - 1}))
     group = case.N // case.key_heads
@@ -125,12 +126,14 @@ def relative_errors(
         the normalizer's.
     """
     sample, dtype = sample_of(case), jnp.dtype(truth_dtype(case))
-    exact = jax.tree.map(lambda x: x.astype(dtype), sample.inputs(inputs))
+    taken = sample.inputs(inputs)
+    exact = jax.tree.map(lambda x: x.astype(dtype), taken._replace(mask=None))
 
     def attend(*operands: Any) -> Array:
         *others, normalizer = operands
         return dot_product_attention(
             *others,
+            mask=taken.mask,
             is_causal=case.causal,
             normalizer=normalizer,
             precision=jax.lax.Precision.HIGHEST,

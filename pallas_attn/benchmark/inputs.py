@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from pallas_attn.benchmark.specs import Case, Term
 from pallas_attn.bias.alibi import ALiBi, alibi_slopes
@@ -15,6 +16,7 @@ from pallas_attn.bias.co_alibi import co_alibi_slopes, CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
@@ -24,7 +26,7 @@ GATES = (0.5, 0.999)
 
 
 class Inputs(NamedTuple):
-    """What attention differentiates, and the cotangent of its output."""
+    """What attention differentiates, the cotangent of its output, and a mask."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
@@ -32,6 +34,7 @@ class Inputs(NamedTuple):
     bias: Bias | None
     normalizer: Softmax | Entmax
     cotangent: Float[Array, "B T N H"]
+    mask: Bool[Array, "1 1 T T"] | None = None
 
 
 def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
@@ -46,6 +49,7 @@ def draw(case: Case, seed: PRNGKeyArray) -> Inputs:
         bias=_bias(case, seeds[3]),
         normalizer=Softmax(_sink(case)) if case.sink else case.normalizer,
         cotangent=_normal(seeds[4], queries, case.dtype),
+        mask=_bigbird(case.T) if case.mask else None,
     )
 
 
@@ -57,6 +61,19 @@ def shapes_of(case: Case) -> Inputs:
 def _sink(case: Case) -> Float[Array, " N"]:
     """Scores as high as those of one key together, for the first head, to all."""
     return jnp.log(jnp.linspace(1.0, case.T, case.N, dtype=jnp.float32))
+
+
+def _bigbird(T: int, block: int = 64, share: float = 0.1) -> Bool[Array, "1 1 T T"]:
+    """The pattern of BigBird (arXiv 2007.14062), of a share of all blocks."""
+    n = T // block
+    shown, i = np.zeros((n, n), bool), np.arange(n)
+    shown[:2] = shown[:, :2] = True
+    shown |= abs(i[:, None] - i) <= 1
+    left = np.flatnonzero(~shown)
+    more = max(0, round(share * n * n) - int(shown.sum()))
+    shown.flat[np.random.default_rng(0).choice(left, more, replace=False)] = True
+    blocks = jnp.asarray(shown)
+    return jnp.repeat(jnp.repeat(blocks, block, 0), block, 1)[None, None]
 
 
 def _bias(case: Case, seed: PRNGKeyArray) -> Bias | None:
@@ -85,6 +102,8 @@ def _term(case: Case, term: Term, seed: PRNGKeyArray) -> Bias:
             return FactoredBias(
                 _normal(one, shape, dtype), _normal(other, shape, dtype)
             )
+        case "relative":
+            return RelativeBias(_normal(seed, (1, case.N, case.T), dtype))
         case "forget" | "forget slowly":
             if term.kind == "forget":
                 gates = jnp.linspace(*GATES, case.N, dtype=jnp.float32)

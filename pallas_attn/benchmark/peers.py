@@ -103,8 +103,8 @@ def concatenation(
     return output[..., :head_dim]
 
 
-def without_sink(*operands: Any, causal: bool) -> Float[Array, "B T N H"]:
-    """Ours, whose rows have no score but those of their keys."""
+def without_more(*operands: Any, causal: bool) -> Float[Array, "B T N H"]:
+    """Ours, whose rows have the scores of all their keys, and no other."""
     return dot_product_attention(*operands, is_causal=causal)
 
 
@@ -133,6 +133,7 @@ PEERS = {
     "cudnn": Peer("jax.nn cuDNN, no bias", plain, biased=False),
     "cudnn-bias": Peer("jax.nn cuDNN, the same bias", with_bias),
     "cudnn-concatenation": Peer("jax.nn cuDNN, concatenation", concatenation),
-    "no-sink": Peer("ours, no sink", without_sink),
+    "no-sink": Peer("ours, no sink", without_more),
+    "no-mask": Peer("ours, no mask", without_more),
     "xla": Peer("jax.nn xla, the same bias", _xla),
 }

@@ -36,15 +36,21 @@ class Side:
         """What it is given of a case's arrays."""
         if self.is_peer:
             inputs = inputs._replace(normalizer=Softmax())
+            inputs = inputs._replace(mask=None)
         return inputs if self.biased else inputs._replace(bias=None)
 
     def forward(self, inputs: Inputs) -> Array:
         """The output."""
-        return self.attend(*inputs[:5])
+        return self._of(inputs)(*inputs[:5])
+
+    def _of(self, inputs: Inputs) -> Callable[..., Array]:
+        if inputs.mask is None:
+            return self.attend
+        return functools.partial(self.attend, mask=inputs.mask)
 
     def both(self, inputs: Inputs) -> dict[str, Any]:
         """The output, and the gradient of every operand, those of pytrees included."""
-        output, pullback = jax.vjp(self.attend, *inputs[:5])
+        output, pullback = jax.vjp(self._of(inputs), *inputs[:5])
         query, key, value, bias, normalizer = pullback(inputs.cotangent)
         return {
             "output": output,
@@ -55,16 +61,21 @@ class Side:
             "normalizer": normalizer,
         }
 
+    def tangents(self, inputs: Inputs) -> tuple[Array, Array]:
+        """The output, and its tangent where every operand moves by itself."""
+        return jax.jvp(self._of(inputs), inputs[:5], inputs[:5])
+
 
 def ours(
     case: Case, implementation: Implementation, config: Config | None = None
 ) -> Side:
     """The public function, as a case calls it, or with another config."""
 
-    def attend(*operands: Any) -> Array:
+    def attend(*operands: Any, mask: Array | None = None) -> Array:
         *others, normalizer = operands
         return dot_product_attention(
             *others,
+            mask=mask,
             is_causal=case.causal,
             normalizer=normalizer,
             implementation=implementation,
@@ -98,7 +109,7 @@ def jobs(case: Case, implementation: Implementation) -> dict[str, Callable[[], A
     for name, side in sides(case, implementation).items():
         given = side.inputs(shapes)
         results = {"output": given.query, **given._asdict()}
-        del results["cotangent"]
+        del results["cotangent"], results["mask"]
         found[f"{name} forward"] = functools.partial(compiled, side.forward, given)
         found[f"{name} both"] = functools.partial(compiled, side.both, given)
         found[f"{name} errors"] = functools.partial(
@@ -119,6 +130,7 @@ def _visited(
     def shares(inputs: Inputs) -> dict[str, Array]:
         found = visited(
             *inputs[:4],
+            mask=inputs.mask,
             is_causal=case.causal,
             normalizer=inputs.normalizer,
             implementation=implementation,

@@ -16,14 +16,23 @@ class Term:
     """One term of a bias.
 
     Args:
-        kind: "alibi", "co_alibi", "dense", "factored", "forget" (gates evenly spaced)
-            or "forget slowly" (memories, 1 / (1 - gate), in equal ratios).
+        kind: "alibi", "co_alibi", "dense", "factored", "relative" (a number for each
+            distance of a key before), "forget" (gates evenly spaced) or "forget slowly"
+            (memories, 1 / (1 - gate), in equal ratios).
         shared: Whether a dense bias is one array for the whole batch, [1, N, T, S].
         rank: R of a factored bias.
         dtype: Of its arrays; None: that of the query.
     """
 
-    kind: Literal["alibi", "co_alibi", "dense", "factored", "forget", "forget slowly"]
+    kind: Literal[
+        "alibi",
+        "co_alibi",
+        "dense",
+        "factored",
+        "relative",
+        "forget",
+        "forget slowly",
+    ]
     shared: bool = False
     rank: int = 0
     dtype: str | None = None
@@ -56,6 +65,8 @@ class Case:
         normalizer: How scores become weights; the peer's is softmax.
         sink: Whether ours is softmax with a sink, a score of each head, which no peer
             has.
+        mask: "bigbird": blocks of 64 x 64, of which a tenth is shown: those around the
+            diagonal, two rows and two columns of them, others at random.
         query_factor: By which queries are multiplied: larger scores.
         config: Of our kernels; None: the shipped choice.
         peer: A name in `peers.PEERS`, or None where no peer can run.
@@ -74,6 +85,7 @@ class Case:
     bias: tuple[Term, ...] = ()
     normalizer: Softmax | Entmax = Softmax()
     sink: bool = False
+    mask: Literal["bigbird"] | None = None
     dtype: str = "bfloat16"
     query_factor: float = 1.0
     config: Config | None = None
@@ -109,6 +121,8 @@ class Case:
                 return f"dense [{batch},{self.N},{self.T},{self.T}]{dtype}"
             case "factored":
                 return f"factored R{term.rank}{dtype}"
+            case "relative":
+                return f"table [1,{self.N},{self.T}]{dtype}"
             case "forget":
                 return "gates 0.5 to 0.999"
             case "forget slowly":
@@ -117,6 +131,8 @@ class Case:
     def _unusual(self) -> Iterator[str]:
         if self.sink:
             yield "a sink"
+        if self.mask:
+            yield "a mask of 10 % of blocks"
         if isinstance(self.normalizer, Entmax):
             top_k = self.normalizer.top_k
             yield f"entmax {self.normalizer.alpha}" + (f" top {top_k}" if top_k else "")
@@ -132,4 +148,5 @@ ALIBI = Term("alibi")
 CO_ALIBI = Term("co_alibi")
 DENSE = Term("dense")
 FORGET = Term("forget")
+RELATIVE = Term("relative", dtype="float32")
 FORGET_SLOWLY = Term("forget slowly")

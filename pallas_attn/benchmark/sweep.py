@@ -20,7 +20,14 @@ from pallas_attn.config import Block, Config
 from pallas_attn.implementations import Implementation
 
 
-PASSES = ("forward", "rows", "cols", "tiles")
+# What is timed for the blocks of each pass.
+PASSES = {
+    "forward": "forward",
+    "rows": "both",
+    "cols": "both",
+    "tiles": "both",
+    "tangent": "tangents",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Trial:
     Args:
         case: The case's name.
         name: The pass and its block, as in "rows=128x64x8x3", or "shipped".
-        work: What was timed, "forward" or "both".
+        work: What was timed, a method of `Side`.
         timing: Its time; None if it failed.
         difference: The largest norm(result - shipped) / norm(shipped) of its results: a
             Config that races or is not lowered well shows here.
@@ -112,13 +119,12 @@ def _configs(
 ) -> dict[tuple[str, str], Config | None]:
     """By work and name: the case's own choice for each work, and the others."""
     own = case.config or Config()
-    works = {which: "forward" if which == "forward" else "both" for which, _ in choices}
     found: dict[tuple[str, str], Config | None] = {
-        (work, "shipped"): None for work in works.values()
+        (PASSES[which], "shipped"): None for which, _ in choices
     }
     for which, b in choices:
         name = f"{which}={b.block_q}x{b.block_k}x{b.num_warps}x{b.num_stages}"
-        found[works[which], name] = dataclasses.replace(own, **{which: b})
+        found[PASSES[which], name] = dataclasses.replace(own, **{which: b})
     return found
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.bias.diagonals import diagonals, toeplitz, written
 from pallas_attn.bias.region import Place, Positions, product_on, Region, spread
 from pallas_attn.flax_state import serializable
 from pallas_attn.shown import with_fields
@@ -60,10 +61,41 @@ def pair_home() -> Any:
     return dataclasses.field(metadata={"home": "pair"})
 
 
+def distance_home(first: int | str = 0) -> Any:
+    """A field with one number per distance, [#B, #N, D].
+
+    The number of a pair is that of its distance, query position minus key position:
+    entry `distance - first`, from the nearer end where the table has none. No array of
+    all pairs is made where positions are implicit, nor of its gradient.
+
+    Args:
+        first: The distance of entry 0, or the name of the static field that has it.
+
+    >>> class Table(Bias):  # of keys up to two places before
+    ...     numbers: Any = distance_home(first=0)
+    ...     def tile(self, t):
+    ...         return self.numbers
+    >>> at = jnp.arange(4)
+    >>> print(Table(jnp.array([[[5.0, 6.0, 7.0]]])).materialise(at, at)[0, 0])
+    [[5. 5. 5. 5.]
+     [6. 5. 5. 5.]
+     [7. 6. 5. 5.]
+     [7. 7. 6. 5.]]
+    """
+    return dataclasses.field(metadata={"home": "distance", "first": first})
+
+
 @dataclass_transform(
     frozen_default=True,
     eq_default=False,
-    field_specifiers=(head_home, query_home, key_home, pair_home, dataclasses.field),
+    field_specifiers=(
+        head_home,
+        query_home,
+        key_home,
+        pair_home,
+        distance_home,
+        dataclasses.field,
+    ),
 )
 class Bias:
     """A term added to the scaled scores: the base class.
@@ -77,8 +109,8 @@ class Bias:
     here (JAX rebuilds the classes with None, specs and stacked arrays): calls validate.
 
     Args: the fields that a subclass declares, in their order; their shapes are those of
-    `head_home` [#B, #N], `query_home` [#B, T, #N, ...], `key_home` [#B, S, #N, ...] and
-    `pair_home` [#B, #N, #T, #S].
+    `head_home` [#B, #N], `query_home` [#B, T, #N, ...], `key_home` [#B, S, #N, ...],
+    `pair_home` [#B, #N, #T, #S] and `distance_home` [#B, #N, D].
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -149,9 +181,10 @@ class Bias:
         """The term on a tile: a float32 array, or a tuple of parts that add up.
 
         Inside, a field is what its home says, loaded: one number per head, query, key
-        or pair, shaped to broadcast against the tile. `t.distance` (float32: query
-        position minus key position), `t.query_position` and `t.key_position` (int32)
-        are there, and `t.away`, |distance| as parts each as small as it can be.
+        or pair (of a table of distances too), shaped to broadcast against the tile.
+        `t.distance` (float32: query position minus key position), `t.query_position`
+        and `t.key_position` (int32) are there, and `t.away`, |distance| as parts each
+        as small as it can be.
 
         It works entry by entry: a call raises where a tile adds up, sorts or indexes
         entries, changes axes, or reads an array that is no field.
@@ -178,8 +211,16 @@ class Bias:
 
     @property
     def bounded(self) -> bool:
-        """Whether the term knows the largest value it takes on a range."""
-        return type(self).bound is not Bias.bound
+        """Whether the term knows the largest value it takes on a range.
+
+        Not of a table of distances that is written out, whose extremes nobody knows.
+        """
+        known = all(
+            is_diagonal(home, getattr(self, name).ndim)
+            for name, home in homes(self).items()
+            if home == "distance"
+        )
+        return known and type(self).bound is not Bias.bound
 
     def materialise(
         self,
@@ -202,7 +243,7 @@ class Bias:
         dtype = at_least_float32(*jax.tree.leaves(self))
         region = Region(queries[..., :, None], keys[..., None, :], dtype)
         place = Place(queries, keys, dtype=dtype)
-        terms = tuple(term.at(place) for term in self.expand())
+        terms = tuple(by_distance(term.at(place), place) for term in self.expand())
         products = tuple(ab for t in terms if (ab := t.contract()) is not None)
         values = Added(tuple(t for t in terms if has_tile(t)), products).on(region)
         shape = (1, 1, region.query_position.shape[2], region.key_position.shape[3])
@@ -276,8 +317,9 @@ class Sum(Bias):
 class Added:
     """What the implementations see of a bias, its axes checked and flattened to one B.
 
-    `terms` have a `tile` and fields with homes, [#B, #N], [#B, T, #N], [#B, S, #N] and
-    [#B, #N, #T, #S]; `products` are pairs (A [#B, T, #N, R], B [#B, S, #N, R]).
+    `terms` have a `tile` and fields with homes, [#B, #N], [#B, T, #N], [#B, S, #N],
+    [#B, #N, #T, #S] and, by distance, [#B, #N, T + S - 1], one number per diagonal i -
+    j + S - 1; `products` are pairs (A [#B, T, #N, R], B [#B, S, #N, R]).
     """
 
     # whose functions take it: the normalizer's
@@ -297,6 +339,48 @@ class Added:
         return [part for term in self.terms for part in parts_on(term, region)] + [
             product_on(*sides, region.dtype) for sides in self.products
         ]
+
+    def spread_out(self, T: int, S: int) -> Added:
+        """With one number per pair in place of one per diagonal."""
+
+        def term(x: Bias) -> Bias:
+            fields = {
+                name: toeplitz(getattr(x, name), T, S)
+                for name, home in homes(x).items()
+                if is_diagonal(home, getattr(x, name).ndim)
+            }
+            return dataclasses.replace(x, **fields)
+
+        return Added(tuple(map(term, self.terms)), self.products)
+
+
+def is_diagonal(home: str, ndim: int) -> bool:
+    """Whether a field has one number per diagonal: a table, if not written out."""
+    return home == "distance" and ndim == 3
+
+
+def by_distance(term: Bias, place: Place) -> Bias:
+    """A term whose tables of distances are what a call reads of them there.
+
+    One number per diagonal, [*#B, #N, T + S - 1], or where positions are explicit one
+    per pair, [*#B, #N, T, S].
+    """
+    fields = {}
+    T, S = place.query_positions.shape[-1], place.key_positions.shape[-1]
+    for field in dataclasses.fields(term):
+        if field.metadata.get("home") != "distance":
+            continue
+        table, first = getattr(term, field.name), field.metadata["first"]
+        first = getattr(term, first) if isinstance(first, str) else first
+        table = table.astype(place.dtype)  # what many pairs add to it is rounded once
+        table = table.reshape((1,) * (2 - table.ndim) + table.shape)
+        if place.offset is not None:
+            along = diagonals(table, first, place.offset, T, S)
+            fields[field.name] = along if place.diagonal else toeplitz(along, T, S)
+        else:
+            at = place.query_positions, place.key_positions
+            fields[field.name] = written(table, first, *at)
+    return dataclasses.replace(term, **fields)
 
 
 def homes(term: Bias | type[Bias]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Bias, key_home, query_home
+from pallas_attn.bias.lookup import taken
 from pallas_attn.bias.region import Place, Positions
 from pallas_attn.bias.running_sums import running_sums, Sums
 from pallas_attn.rules import known
@@ -254,7 +255,7 @@ def _from(
     first = jnp.clip(offset, -count, keys) + count
     leading = jnp.broadcast_shapes(padded.shape[:-1], (*first.shape, 1))
     index = first[..., None, None] + _counted((*leading, count))
-    return _taken(jnp.broadcast_to(padded, (*leading, padded.shape[-1])), index)
+    return taken(jnp.broadcast_to(padded, (*leading, padded.shape[-1])), index)
 
 
 def _by_position(log_gate: Float[Array, "*#B #N S"], place: Place) -> tuple[Sums, Sums]:
@@ -279,8 +280,8 @@ def _by_position(log_gate: Float[Array, "*#B #N S"], place: Place) -> tuple[Sums
     gates = jnp.broadcast_to(log_gate, (*leading, S))
     gates = jnp.pad(gates, [(0, 0)] * len(leading) + [(0, S + T)])
     starts = _starts(by[0]) if len(by) == 2 else None
-    sums = running_sums(_taken(gates, order), starts, alone=place.alone)
-    at = [_taken(x, back) for x in sums]
+    sums = running_sums(taken(gates, order), starts, alone=place.alone)
+    at = [taken(x, back) for x in sums]
     of_keys = tuple(x[..., S : 2 * S] for x in at)
     return tuple(x[..., 2 * S :] for x in at), of_keys
 
@@ -305,15 +306,3 @@ def _starts(ids: Int[Array, "*axes n"]) -> Bool[Array, "*axes n"]:
 def _counted(shape: tuple[int, ...]) -> Int[Array, "*axes"]:
     """0, 1, ... along the last axis."""
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-
-
-def _taken(x: Array, index: Array) -> Array:
-    """Entries along the last axis; no two alike, so that a gradient adds nothing up.
-
-    Of what a map varies in the index alone there is one copy for each of its elements:
-    their gradients would meet in one, in whatever order a GPU adds them.
-    """
-    none = jnp.sum(index, -1, keepdims=True) * 0
-    return jnp.take_along_axis(
-        x + none.astype(x.dtype), index, axis=-1, mode="promise_in_bounds"
-    )

@@ -53,6 +53,7 @@ class Place:
     causal: no query attends to a later key.
     alone: nothing else is added to the scores and there is no mask: a query that sees
         any key sees the nearest that its segment, window and lengths leave.
+    diagonal: tables of distances are read along diagonals where positions are implicit.
     """
 
     query_positions: Int[Array, "*#B #N T"]
@@ -63,6 +64,7 @@ class Place:
     key_segments: Int[Array, "*#B S"] | None = None
     causal: bool = False
     alone: bool = False
+    diagonal: bool = False
     dtype: Any = jnp.float32
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.bias.base import Bias, has_tile, homes, Sum
+from pallas_attn.bias.base import Bias, by_distance, has_tile, homes, Sum
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.region import Place
 from pallas_attn.checks.tile import elementwise
@@ -33,8 +33,9 @@ HOME_RULES = {
     "query": ("#B T #N", LEADING),
     "key": ("#B S #N", LEADING),
     "pair": ("#B #N #T #S", "Give a shared axis the size 1."),
+    "distance": ("#B #N D", "Give one number per head and distance."),
 }
-ALIGNED = ("head", "pair")
+ALIGNED = ("head", "pair", "distance")
 
 
 def given(x: Any, sizes: Sizes) -> Bias:
@@ -93,7 +94,7 @@ def _field(name: str, x: Any, home: str, sizes: Sizes, ranked: bool = False) -> 
     """ranked: behind the axes of a query or key field stands that of a product."""
     found = array(name, x)
     if home in ALIGNED:
-        if home == "head" and not found.ndim:
+        if home in ("head", "distance") and not found.ndim:
             letters, advice = HOME_RULES[home]
             shape(name, found, axes(letters, sizes), advice)
         _shaped(name, found, home, sizes)
@@ -151,7 +152,7 @@ def parts(bias: Bias, place: Place, sizes: Sizes) -> list[Part]:
         Part(
             term,
             _product(name, term, sizes),
-            tiled(name, term, sizes) if has_tile(term) else None,
+            tiled(name, term, sizes, place) if has_tile(term) else None,
         )
         for name, term in _terms("bias", bias, place, sizes)
     ]
@@ -203,15 +204,21 @@ def _adding(name: str, term: Bias) -> Bias:
     return term
 
 
-def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
-    """The fields that kernels read: one number per head, query, key or pair."""
+def tiled(
+    name: str, x: Bias, sizes: Sizes, place: Place | None = None
+) -> dict[str, Array]:
+    """The fields that kernels read: one number per head, query, key, pair or diagonal.
+
+    place: where a call reads tables of distances; None: they stay what they are.
+    """
     home_of = homes(x)
     for field in dataclasses.fields(x):
         if field.name not in home_of and not field.metadata.get("static"):
             raise TypeError(
                 f"`{name}.{field.name}` must have a home, for `tile` reads it; got "
-                "none. Declare it with head_home(), query_home(), key_home() or "
-                'pair_home(), or as static: field(metadata={"static": True}).'
+                "none. Declare it with head_home(), query_home(), key_home(), "
+                "pair_home() or distance_home(first), or as static: "
+                'field(metadata={"static": True}).'
             )
     fields = {f: _field(f"{name}.{f}", getattr(x, f), home, sizes)
               for f, home in home_of.items()}  # fmt: skip
@@ -224,7 +231,10 @@ def tiled(name: str, x: Bias, sizes: Sizes) -> dict[str, Array]:
     if has_tile(x):
         wide = any(field.dtype == np.float64 for field in fields.values())
         elementwise(name, x, np.float64 if wide else np.float32)
-    return fields
+    if place is None:
+        return fields
+    read = by_distance(dataclasses.replace(x, **fields), place)
+    return {name: getattr(read, name) for name in fields}
 
 
 def _product(name: str, x: Bias, sizes: Sizes) -> tuple[Array, Array] | None:

@@ -138,7 +138,7 @@ def config(x: Any) -> Config:
             f"`config` must be a Config; got {kind(x)}. Write "
             "`Config(forward=Block(64, 64))`."
         )
-    for name in ("forward", "rows", "cols", "tiles"):
+    for name in ("forward", "rows", "cols", "tiles", "tangent"):
         block = getattr(x, name)
         if block is None:
             continue

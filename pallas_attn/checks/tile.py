@@ -30,6 +30,7 @@ SHAPES = {
     "query": (B, N, T, 1),
     "key": (B, N, 1, S),
     "pair": (B, N, T, S),
+    "distance": (B, N, T, S),
 }
 PLACE = ("distance", "query_position", "key_position", "away")
 

@@ -9,8 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.bias.alibi import ALiBi
-from pallas_attn.bias.base import Bias, head_home, key_home, pair_home, query_home
+from pallas_attn.bias.base import (
+    Bias,
+    distance_home,
+    head_home,
+    key_home,
+    pair_home,
+    query_home,
+)
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.fuzz.plan import FIRST
 
 
 class LogDistance(Bias):
@@ -162,3 +170,14 @@ def _reach(q0: Any, q1: Any, k0: Any, k1: Any) -> tuple[Any, Any]:
     near = jnp.maximum(jnp.maximum(q0 - k1, k0 - q1), 0).astype(jnp.float32)
     far = jnp.maximum(jnp.abs(q1 - k0), jnp.abs(k1 - q0)).astype(jnp.float32)
     return near, far
+
+
+class Table(Bias):
+    """weight_j table[i - j], of a table from `FIRST` on."""
+
+    numbers: jax.Array = distance_home(FIRST)
+    weight: jax.Array = key_home()
+
+    def tile(self, t: Any) -> Any:
+        """Of each pair's distance."""
+        return self.weight * self.numbers

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeat=not given.no_repeat,
         small_chunks=given.small_chunks,
         lists=given.lists,
+        looked=given.looked,
     )
     if given.shrink:
         return _shrunk(given.seed, options)
@@ -159,6 +160,8 @@ def _parser() -> Parser:
     add("--selfcheck", action="store_true", help="differentiate the truth numerically")
     add("--small-chunks", action="store_true", help='"xla" in chunks of 8 rows')
     add("--lists", action="store_true", help="entmax through lists at any length")
+    add("--looked", action="store_true",
+        help="every call with a mask of blocks, left out at any length")  # fmt: skip
     add("--no-repeat", action="store_true", help="do not run the first set twice")
     add("--verbose", action="store_true", help="a line for every call")
     return parser

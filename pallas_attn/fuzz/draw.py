@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pallas_attn.config import Block, Config
-from pallas_attn.fuzz.kinds import kind_of, KINDS, OWN
+from pallas_attn.fuzz.kinds import APART, kind_of, KINDS, OFTEN, OWN
 from pallas_attn.fuzz.plan import Form, MAPS, Plan, Sizes, TRANSFORMS
 
 
@@ -20,6 +20,7 @@ MOST_PAIRS = 24000
 # Sinks are drawn apart from all else, so that a seed's call is else what it was; of
 # such numbers the first by which no seed of kept.py gets one.
 SINKS = 1507
+TABLES = 1567  # likewise
 # What a call can be asked to have.
 WANTED = (*KINDS, "co_alibi", "own", "sum", "none", "entmax", "topk")
 WINDOWS = (0, 1, (3, 0), (0, 5), (17, 2), (40, 40), (2**31 - 1, 3), 2**40)
@@ -76,6 +77,7 @@ def draw(seed: int, implementation: str, wanted: str | None = None) -> Plan:
     facts |= _options(random, facts, kernels, wanted)
     facts |= _transform(random, facts, kernels)
     facts["sink"] = _sink(Draw(seed, SINKS), facts)
+    facts |= _apart(Draw(seed, TABLES), facts)
     return _mapped(Plan(**facts))
 
 
@@ -129,7 +131,7 @@ def _bias(random: Draw, wanted: str | None) -> tuple[str, ...]:
     if wanted == "own" and not set(bias) & set(OWN):
         bias = [random.pick(OWN), *bias[1:]]
     while wanted == "sum" and len(bias) < 2:
-        bias.append(random.pick(list(KINDS)))
+        bias.append(random.pick(OFTEN))
     if wanted == "none":
         bias = []
     if wanted == "co_alibi" or (contextual and wanted is None):
@@ -137,10 +139,11 @@ def _bias(random: Draw, wanted: str | None) -> tuple[str, ...]:
     return tuple(bias)
 
 
-def _forms(random: Draw, facts: dict[str, Any]) -> dict[str, Form]:
+def _forms(random: Draw, facts: dict[str, Any], first: int = 0) -> dict[str, Form]:
+    """Of the arrays of terms, from the first on."""
     L, N, T, S = (facts[x] for x in ("L", "N", "T", "S"))
     forms = {}
-    for place, name in enumerate(facts["bias"]):
+    for place, name in enumerate(facts["bias"][first:], first):
         rank = int(random.pick((1, 2, 3, 5, 9)))
         for field, home in kind_of(name).homes.items():
             lead, n = random.lead(L), random.shared(N)
@@ -152,6 +155,9 @@ def _forms(random: Draw, facts: dict[str, Any]) -> dict[str, Form]:
                 form = (*lead, T, n)
             elif home.startswith("key"):
                 form = (*lead, S, n)
+            elif home == "distance":
+                form = (*lead, n, int(random.pick((1, 4, 19, 70))))
+                form = form if lead or random.coin(0.5) else form[-2:]
             else:
                 form = (*lead, n, random.shared(T, 0.2), random.shared(S, 0.2))
                 form = random.fewer_axes(form)
@@ -224,6 +230,16 @@ def _options(
     asked = kernels or random.coin(0.3)
     found["config"] = _config(random, facts, found["normalizer"]) if asked else None
     return found
+
+
+def _apart(random: Draw, facts: dict[str, Any]) -> dict[str, Any]:
+    """With a term more, perhaps, of those that are drawn by themselves."""
+    bias = facts["bias"]
+    if "co_alibi" in bias or len(bias) > 2 or not random.coin(0.1):
+        return {}
+    more = {**facts, "bias": (*bias, random.pick(APART))}
+    forms = facts["forms"] | _forms(random, more, len(bias))
+    return {"bias": more["bias"], "forms": forms}
 
 
 def _sink(random: Draw, facts: dict[str, Any]) -> tuple[int, ...] | None:

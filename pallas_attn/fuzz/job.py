@@ -35,6 +35,7 @@ class Options:
         repeat: Whether the first set runs twice, for equal bits.
         small_chunks: "xla" in chunks of 8 rows.
         lists: Entmax without top_k through lists of keys, whatever the length.
+        looked: Every call has a mask of whole blocks, left out whatever the length.
     """
 
     implementation: str
@@ -45,6 +46,7 @@ class Options:
     repeat: bool = True
     small_chunks: bool = False
     lists: bool = False
+    looked: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Result:
 
 def prepare(options: Options) -> None:
     """Settings of a process, before its first call."""
+    from pallas_attn.fuzz import values
+    from pallas_attn.tiled import summaries
     from pallas_attn.triton.entmax import route
     from pallas_attn.xla import chunks
 
@@ -84,11 +88,16 @@ def prepare(options: Options) -> None:
         chunks.BYTES, chunks.MOST_ROWS, chunks.LEAST_ROWS = 1, 8, 8
     if options.lists:
         route.LONG = 1
+    if options.looked:
+        summaries.LOOKED_AT, values.BLOCK = 1, 32
 
 
 def plan_of(seed: int, options: Options) -> Plan:
     """The call of a seed, with the run's facts."""
     plan = draw(seed, options.implementation, options.wanted)
+    pairs = (plan.T, plan.S)
+    if options.looked and (plan.mask is None or plan.mask[-2:] != pairs):
+        plan = changed(plan, {"mask": pairs})
     return changed(plan, options.facts) if options.facts else plan
 
 

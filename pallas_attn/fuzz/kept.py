@@ -48,5 +48,7 @@ KEPT: dict[str, tuple[int, ...]] = {
         3025,  # slopes: a multiply-add in one pass, a product and a sum in another
         200289,  # co_alibi: scores of thousands, a weight of 1 that was 1.0005
         200409,  # a mean by u that was of the threshold before the last step
+        800040,  # a table that given positions look up: its gradient as atomics came
+        800073,  # the same of entmax, at positions of its own
     ),
 }

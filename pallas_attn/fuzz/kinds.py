@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pallas_attn.bias.alibi import ALiBi
@@ -10,7 +12,9 @@ from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.fuzz import biases
+from pallas_attn.fuzz.plan import FIRST
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,19 @@ class Kind:
 
     Args:
         cls: Built from its fields by name.
-        homes: "head", "query", "key" or "pair" by field; "+": a vector for each.
+        homes: "head", "query", "key", "pair" or "distance" by field; "+": a vector for
+            each.
         guarded: Whether entries that no pair reads may be NaN. Not so where the user's
             own code runs on whole arrays, or sums run over keys that nobody sees.
         own: Whether it is a user's.
+        apart: Whether it is drawn by itself, so that a seed's call is else what it was.
     """
 
-    cls: type[Bias]
+    cls: Callable[..., Bias]
     homes: dict[str, str]
     guarded: bool = True
     own: bool = True
+    apart: bool = False
 
 
 _HEAD_QUERY_KEY = {"weight": "head", "a": "query", "c": "key"}
@@ -54,8 +61,23 @@ KINDS: dict[str, Kind] = {
     "expander": Kind(
         biases.Expander, {"slopes": "head", "pair": "pair"}, guarded=False
     ),
+    "relative": Kind(
+        functools.partial(RelativeBias, first=FIRST),
+        {"table": "distance"},
+        guarded=False,
+        own=False,
+        apart=True,
+    ),
+    "table": Kind(
+        biases.Table,
+        {"numbers": "distance", "weight": "key"},
+        guarded=False,
+        apart=True,
+    ),
 }
-OWN = [name for name, kind in KINDS.items() if kind.own]
+APART = [name for name, kind in KINDS.items() if kind.apart]
+OFTEN = [name for name in KINDS if name not in APART]
+OWN = [name for name in OFTEN if KINDS[name].own]
 # Never in a sum.
 CONTEXTUAL = Kind(CoALiBi, {"slopes": "head"}, own=False)
 

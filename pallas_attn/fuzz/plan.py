@@ -24,12 +24,14 @@ TRANSFORMS = (
     "jvp",
     "hvp",
 )
+# The distance of the first entry of a table of distances.
+FIRST = -9
 # How many maps a transformation puts around the call.
 MAPS = {"vmap_of_grad": 1, "grad_of_vmap": 1, "scan": 1, "vmap2": 2}
 
 
 class Form(NamedTuple):
-    """Of an array of a bias; home: "head", "query", "key", "pair", "+" for vectors."""
+    """Of an array of a bias; home: as `kinds.Kind` has it, "+" for vectors."""
 
     shape: Sizes
     dtype: str

@@ -43,6 +43,8 @@ MORE = (
     "far",  # positions 2^31 apart
 )
 WIDEST = 2**30
+# Masks hide or show whole blocks of so many queries and keys; 0: they need not.
+BLOCK = 0
 # Makes an array from a generator.
 Maker = Callable[[np.random.Generator], np.ndarray]
 
@@ -153,6 +155,16 @@ def widened(arrays: Arrays) -> Arrays:
     }
 
 
+def _in_blocks(mask: np.ndarray) -> np.ndarray:
+    """Of each block all, none or what there was, by numbers of its own."""
+    rng = np.random.default_rng(int(mask.sum()))
+    *lead, rows, columns = mask.shape
+    kinds = rng.integers(0, 3, (*lead, -(-rows // BLOCK), -(-columns // BLOCK)))
+    for axis, size in ((-2, rows), (-1, columns)):
+        kinds = np.take(np.repeat(kinds, BLOCK, axis), np.arange(size), axis)
+    return np.where(kinds == 2, mask, kinds == 1)
+
+
 def _conditions(plan: Plan, chosen: str) -> dict[str, Maker]:
     L, T, S = plan.L, plan.T, plan.S
 
@@ -161,7 +173,8 @@ def _conditions(plan: Plan, chosen: str) -> dict[str, Maker]:
         m = rng.random(plan.mask) < rng.choice((0.3, 0.6, 0.95))
         if m.ndim >= 2 and rng.random() < 0.5:
             m = m & (rng.random((*m.shape[:-1], 1)) < 0.8)
-        return m & (rng.random(m.shape[-1:]) < 0.9) if rng.random() < 0.5 else m
+        m = m & (rng.random(m.shape[-1:]) < 0.9) if rng.random() < 0.5 else m
+        return _in_blocks(m) if BLOCK and m.ndim > 1 else m
 
     def lengths(n: int) -> Maker:
         return lambda rng: (

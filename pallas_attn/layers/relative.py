@@ -1,18 +1,15 @@
-"""Tables of relative positions: buckets of distances, and diagonals as matrices."""
+"""Tables of relative positions: buckets of distances."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_attn.bias.dense import DenseBias
-from pallas_attn.layers.context import BiasContext
-from pallas_attn.layers.tables import of_pairs, row
+from pallas_attn.bias.relative import RelativeBias
 
 
 def t5_buckets(
@@ -60,51 +57,16 @@ def t5_buckets(
     return (bucket + after).astype(np.int32)
 
 
-def toeplitz(values: Float[Array, "... L"], T: int, S: int) -> Float[Array, "... T S"]:
-    """The matrix with values[i - j + S - 1] at (i, j), of L = T + S - 1 diagonals.
-
-    Rows of length L + 1, written one after the other and read as rows of length L, each
-    begin one entry further to the left. Pads and reshapes alone: the gradient of a
-    diagonal is a sum, not a scatter.
-    """
-    leading = values.shape[:-1]
-    if T == 0 or S == 0:
-        return jnp.zeros((*leading, T, S), values.dtype)
-    L = T + S - 1
-    padding = [(0, 0)] * len(leading) + [(0, 1)]
-    row = jnp.pad(jnp.flip(values, axis=-1), padding)
-    rows = jnp.broadcast_to(row[..., None, :], (*leading, T, L + 1))
-    shifted = rows.reshape(*leading, T * (L + 1))[..., : T * L]
-    return shifted.reshape(*leading, T, L)[..., T - 1 :]
-
-
 def relative_bias(
-    table: Float[Array, "N buckets"], context: BiasContext, buckets: Int[Array, " D"]
-) -> DenseBias:
-    """A number per head and bucket, where the distances of a call fall.
+    table: Float[Array, "N buckets"], buckets: Int[Array, " D"]
+) -> RelativeBias:
+    """A number per head and bucket, where distances fall.
 
     Args:
         table: float32.
-        context: Of the call.
         buckets: Of each query position minus key position, -D..D, as `t5_buckets`.
     """
-    T, S, farthest = context.T, context.S, buckets.shape[0] // 2
-
-    def bucket(distance: Int[Array, ...]) -> Int[Array, ...]:
-        return buckets[jnp.clip(distance, -farthest, farthest) + farthest]
-
-    if context.offset is None:
-        pairs = context.query_positions[..., :, None] - row(context.key_positions)
-        return DenseBias(of_pairs(table.T, bucket(pairs)))
-    diagonals = jnp.arange(T + S - 1, dtype=jnp.int32) - (S - 1)
-    diagonals = diagonals.reshape(*(1 for _ in context.batch), T + S - 1)
-    chosen = jax.nn.one_hot(bucket(_start(context) + diagonals), table.shape[1])
+    chosen = jax.nn.one_hot(buckets, table.shape[1], dtype=table.dtype)
     exact = jax.lax.Precision.HIGHEST
-    along = jnp.einsum("nr,...lr->...nl", table, chosen, precision=exact)
-    return DenseBias(toeplitz(along, T, S))
-
-
-def _start(context: BiasContext) -> Any:
-    """The position of query 0, beside an axis of distances."""
-    offset = context.offset
-    return offset if isinstance(offset, int) else jnp.asarray(offset)[..., None]
+    numbers = jnp.einsum("nr,dr->nd", table, chosen, precision=exact)
+    return RelativeBias(numbers, -(buckets.shape[0] // 2))

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_attn.bias.lookup import entries
 
 
 def at_positions(
     table: Shaped[Array, "L N *rest"], positions: Int[Array, "*#B #N T"]
 ) -> Shaped[Array, "*#B T #N *rest"]:
     """Rows of a table where tokens stand, N = 1 shared; NaN where there is no row."""
-    length, heads = table.shape[:2]
-    inside = jnp.where(positions < 0, length, positions)
+    heads = table.shape[1]
     if positions.shape[-2] == 1:  # heads stand in the same places: one read for all
-        return table.at[inside[..., 0, :]].get(mode="fill", fill_value=jnp.nan)
+        return entries(table, positions[..., 0, :])
     if heads == 1:
-        found = table[:, 0].at[inside].get(mode="fill", fill_value=jnp.nan)
+        found = entries(table[:, 0], positions)
     else:
-        head = jnp.arange(heads, dtype=jnp.int32)
-        head = head.reshape(*(1 for _ in positions.shape[:-2]), heads, 1)
-        head = jnp.broadcast_to(head, inside.shape)
-        found = table.at[inside, head].get(mode="fill", fill_value=jnp.nan)
+        read = jax.vmap(entries, (1, -2), positions.ndim - 2)
+        found = read(
+            table,
+            jnp.broadcast_to(
+                positions, (*positions.shape[:-2], heads, positions.shape[-1])
+            ),
+        )
     return jnp.moveaxis(found, positions.ndim - 2, positions.ndim - 1)
 
 

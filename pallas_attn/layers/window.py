@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.diagonals import toeplitz
 from pallas_attn.layers.context import BiasContext
-from pallas_attn.layers.relative import toeplitz
 from pallas_attn.layers.tables import of_pairs, row
 from pallas_attn.rules import known
 

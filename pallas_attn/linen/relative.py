@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.layers.context import BiasContext
 from pallas_attn.layers.relative import relative_bias, t5_buckets
 from pallas_attn.layers.window import (
@@ -40,7 +41,7 @@ class RelativePositionBias(BiasModule):
         param_dtype: Its dtype.
 
     Returns:
-        Of a call with a `BiasContext`: a `DenseBias` [#B, N, T, S], float32.
+        Of a call with a `BiasContext`: a `RelativeBias`, float32 [N, D].
 
     Raises:
         ValueError: if there are too few buckets, or no distance for the last.
@@ -63,7 +64,7 @@ class RelativePositionBias(BiasModule):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, context: BiasContext) -> DenseBias:
+    def __call__(self, context: BiasContext) -> RelativeBias:
         """The bias of the call's positions."""
         buckets = t5_buckets(self.num_buckets, self.max_distance, self.bidirectional)
         table = self.param(
@@ -72,7 +73,7 @@ class RelativePositionBias(BiasModule):
             (context.num_heads, self.num_buckets),
             self.param_dtype,
         ).astype(jnp.float32)
-        return relative_bias(table, context, jnp.asarray(buckets))
+        return relative_bias(table, jnp.asarray(buckets))
 
 
 class WindowRelativePositionBias(BiasModule):

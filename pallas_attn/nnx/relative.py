@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.dense import DenseBias
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.layers.context import BiasContext
 from pallas_attn.layers.relative import relative_bias, t5_buckets
 from pallas_attn.layers.window import (
@@ -40,7 +41,7 @@ class RelativePositionBias(BiasModule):
         rngs: Of the parameter.
 
     Returns:
-        Of a call with a `BiasContext`: a `DenseBias` [#B, N, T, S], float32.
+        Of a call with a `BiasContext`: a `RelativeBias`, float32 [N, D].
 
     Raises:
         ValueError: if there are too few buckets, or no distance for the last.
@@ -79,10 +80,10 @@ class RelativePositionBias(BiasModule):
             embedding_init(rngs.params(), shape, param_dtype)
         )
 
-    def __call__(self, context: BiasContext) -> DenseBias:
+    def __call__(self, context: BiasContext) -> RelativeBias:
         """The bias of the call's positions."""
         table = self.rel_embedding.get_value().astype(jnp.float32)
-        return relative_bias(table, context, jnp.asarray(t5_buckets(*self.buckets)))
+        return relative_bias(table, jnp.asarray(t5_buckets(*self.buckets)))
 
 
 class WindowRelativePositionBias(BiasModule):

@@ -1,32 +1,28 @@
 """Under automatic sharding: each device runs kernels on its batch entries and heads.
 
-XLA cannot look into a kernel and would gather its operands. So the forward and the
-backward of a call are one custom-partitioned function each: what is sharded by batch
-and heads stays so, all else is whole on each device, and gradients of what devices
-share are summed over them. On one device, and under `vmap`, nothing of this remains.
+XLA cannot look into a kernel and would gather its operands. So the forward, the tangent
+and the backward of a call are one custom-partitioned function each: what is sharded by
+batch and heads stays so, all else is whole on each device, and gradients of what
+devices share are summed over them. On one device, and under `vmap`, nothing of this
+remains.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
 
 from pallas_attn.call import Call
 from pallas_attn.letters import axes_of
-from pallas_attn.placement.explicit import Layout, Names, names_of, part
+from pallas_attn.placement.explicit import Layout, names_of, part
+from pallas_attn.placement.partitioned import partitioned
 from pallas_attn.problem import Problem
-from pallas_attn.tracing.names import named
-from pallas_attn.tracing.once import once
 
 
 # What a result of so many axes is: shares, a residual, an output.
@@ -35,29 +31,77 @@ RESULTS = {2: "BN", 3: "BTN", 4: "BTNh"}
 # A call is traced with so many times the entries and heads to see which axes follow.
 ENTRIES, HEADS = 3, 5
 
-# (the layout of a device's part, or None for the whole; arrays) -> arrays
-Run = Callable[..., tuple[Any, ...]]
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(function: Any, problem: Problem) -> tuple[Any, ...]:
-    """The results of a function of a problem, partitioned by batch and heads."""
-    flat, tree = jax.tree.flatten(problem)
+    """The results of a function of a problem, partitioned by batch and heads.
 
-    def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
-        return tuple(function(_part(jax.tree.unflatten(tree, flat), layout)))
+    function: has its results in plain JAX too, of which XLA partitions derivatives.
+    """
+    from pallas_attn.tracing.primitives import called  # which loads Pallas
 
-    letters = letters_of(problem)
-    shapes = jax.eval_shape(functools.partial(run, None), *flat)
-    made = [RESULTS[x.ndim] for x in shapes]
-    return named(partitioned(run, problem.call, flat, letters, shapes, made))
+    return called(Spread(function), problem)
 
 
-def _forward(function: Any, marked: Any) -> Any:
-    problem = jax.tree.map(lambda x: x.value, marked)
+@dataclass(frozen=True)
+class Spread:
+    """The `Rules` of a function of a problem, each pass partitioned."""
+
+    function: Any
+
+    def forward(self, problem: Problem, wanted: Any) -> tuple[tuple[Any, ...], Any]:
+        """(results, `Back` and what it reads)."""
+        asked = tuple(map(bool, jax.tree.leaves(wanted)))
+        if any(asked):
+            return _with_back(self.function, problem, asked)
+        flat, tree = jax.tree.flatten(problem)
+
+        def run(layout: Layout | None, *flat: Any) -> tuple[Any, ...]:
+            return tuple(self.function(_part(jax.tree.unflatten(tree, flat), layout)))
+
+        shapes = jax.eval_shape(functools.partial(run, None), *flat)
+        made = [RESULTS[x.ndim] for x in shapes]
+        letters = letters_of(problem)
+        return partitioned(run, problem.call, flat, letters, shapes, made), ()
+
+    def tangent(self, problem: Problem, kept: Any, tangents: Any) -> tuple[Any, ...]:
+        """Those of the results; each device has its part of the results once more."""
+        flat, tree = jax.tree.flatten(problem)
+        letters, every = letters_of(problem), tree.flatten_up_to(tangents)
+        moving = [i for i, t in enumerate(every) if t is not None]
+
+        def run(layout: Layout | None, *given: Any) -> tuple[Any, ...]:
+            flat, ts = given[: len(every)], given[len(every) :]
+
+            def of(*some: Any) -> tuple[Any, ...]:
+                new = dict(zip(moving, some, strict=True))
+                mixed = [new.get(i, x) for i, x in enumerate(flat)]
+                return tuple(self.function(_part(tree.unflatten(mixed), layout)))
+
+            return jax.jvp(of, [flat[i] for i in moving], list(ts))[1]
+
+        given = [*flat, *(every[i] for i in moving)]
+        shapes = jax.eval_shape(functools.partial(run, None), *given)
+        made = [RESULTS[x.ndim] for x in shapes]
+        letters = [*letters, *(letters[i] for i in moving)]
+        return partitioned(run, problem.call, given, letters, shapes, made)
+
+    def backward(
+        self, problem: Problem, kept: Any, cotangents: tuple[Any, ...], wanted: Any
+    ) -> Any:
+        """The gradients that were asked for, those wanted among them."""
+        return kept(cotangents)
+
+    def formula(self, problem: Problem) -> tuple[Any, ...]:
+        """The results in plain JAX."""
+        return self.function.plain(problem)
+
+
+def _with_back(
+    function: Any, problem: Problem, asked: tuple[bool, ...]
+) -> tuple[tuple[Any, ...], Any]:
+    """(results, `Back` and what it reads)."""
     call = problem.call
     flat, tree = jax.tree.flatten(problem)
-    asked = tuple(bool(x) for x in jax.tree.leaves(_asked(marked)))
     letters = letters_of(problem)
     pulled = Pulled(function, tree, asked)
 
@@ -86,7 +130,7 @@ def _forward(function: Any, marked: Any) -> Any:
         jax.ShapeDtypeStruct((call.B, call.N) if s else x.shape, x.dtype)
         for x, s in zip(results, scalar, strict=True)
     ]
-    values = named(partitioned(run, call, flat, letters, shapes, made))
+    values = partitioned(run, call, flat, letters, shapes, made)
     pool, pool_letters = (*flat, *values), (*letters, *made)
     kept = [pool[i] for i in places[count:]]
     back = Back(
@@ -97,17 +141,10 @@ def _forward(function: Any, marked: Any) -> Any:
         found.tree,
         tuple(pool_letters[i] for i in places[count:]),
         tuple(not x.shape for x in every[count:]),
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in every[:count]),
     )
     returned = tuple(pool[i] for i in places[:count])
     return returned, jax.tree_util.Partial(back, kept)
-
-
-def _backward(function: Any, kept: Any, cotangents: Any) -> Any:
-    del function
-    return (kept(cotangents),)
-
-
-attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @dataclass(frozen=True)
@@ -220,10 +257,14 @@ class Back:
     tree: Any  # of the whole's pullback
     kept: tuple[str, ...]  # letters
     scalar: tuple[bool, ...]  # kept as [B, N]
+    results: tuple[Any, ...]
 
     def __call__(self, kept: Sequence[Any], cotangents: Any) -> Any:
         """The gradient of every array; None where nobody asked."""
-        given = [_instantiated(x) for x in cotangents]
+        given = [
+            jnp.zeros(x.shape, x.dtype) if ct is None else ct
+            for x, ct in zip(self.results, cotangents, strict=True)
+        ]
         asked = [i for i, a in enumerate(self.pulled.asked) if a]
         flat = [
             jnp.broadcast_to(x, (self.call.B, self.call.N)) if x.ndim == 0 else x
@@ -273,112 +314,6 @@ def letters_of(problem: Problem) -> list[str]:
     return [axes.letters for axes in axes_of(problem)]
 
 
-def partitioned(
-    run: Run,
-    call: Call,
-    flat: Sequence[Any],
-    letters: Sequence[str],
-    results: Sequence[Any],
-    made: Sequence[str],
-) -> tuple[Any, ...]:
-    """The results of run(None, *flat), or on each device of its part of the arrays.
-
-    Args:
-        run: (layout, arrays) -> arrays.
-        call: The whole call.
-        flat: The arrays.
-        letters: Of each of them; sharded along B, N and K.
-        results: Shapes of what is made.
-        made: Letters of what is made.
-    """
-    whole = functools.partial(run, None)
-    split = custom_partitioning(lambda *flat: whole(*flat))
-
-    def shardings(mesh: Any, args: Any) -> tuple[Layout, Any, Any]:
-        layout = _layout(mesh, args, letters, call)
-        place = lambda axes, x: NamedSharding(mesh, layout.spec(axes, x.shape))
-        return (
-            layout,
-            tuple(map(place, made, results)),
-            tuple(map(place, letters, args)),
-        )
-
-    def partition(mesh: Any, args: Any, results: Any) -> Any:
-        layout, after, before = shardings(mesh, args)
-        return mesh, functools.partial(run, layout), after, before
-
-    rule, sizes, alone = _rule(call, flat, letters, results, made)
-    more: dict[str, Any] = {"need_replication_factors": alone, **sizes}
-    split.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[1],
-        sharding_rule=rule,
-        **more,
-    )
-    mapped: Any = custom_vmap(lambda *flat: split(*flat))
-
-    @mapped.def_vmap
-    def _(size: int, batched: Sequence[bool], *flat: Any) -> Any:
-        del size
-        axes = tuple(0 if b else None for b in batched)
-        made = jax.vmap(whole, axes)(*flat)
-        return made, jax.tree.map(lambda _: True, made)
-
-    return once(mapped)(*flat)
-
-
-def _rule(
-    call: Call,
-    flat: Sequence[Any],
-    letters: Sequence[str],
-    results: Sequence[Any],
-    made: Sequence[str],
-) -> tuple[str, dict[str, int], tuple[str, ...]]:
-    """Which axes are sharded alike, as Shardy writes it; all others are whole."""
-    alone: list[str] = []
-
-    def factor(letter: str, size: int) -> str:
-        if size > 1 and letter == "B":
-            return "b"
-        if size > 1 and letter == "K":
-            return "k"
-        if size > 1 and letter == "N":
-            return "k" if call.G == 1 else "g" if call.K == 1 else "(k g)"
-        alone.append(f"x{len(alone)}")
-        return alone[-1]
-
-    def axes(x: Any, letters: str) -> str:
-        padded = letters.ljust(len(x.shape), "_")
-        return " ".join(map(factor, padded, x.shape))
-
-    left = ", ".join(map(axes, flat, letters))
-    right = ", ".join(map(axes, results, made))
-    sizes = {"g": call.G} if call.G > 1 and call.K > 1 else {}
-    return f"{left} -> {right}", sizes, tuple(alone)
-
-
-def _layout(mesh: Any, args: Any, letters: Sequence[str], call: Call) -> Layout:
-    """Over which axes of a mesh batch and heads lie, as the first sharded array has it.
-
-    Only as many as divide them evenly; heads only as far as key heads do.
-    """
-    found: dict[str, Names] = {"B": (), "N": ()}
-    for x, axes in zip(args, letters, strict=True):
-        spec = getattr(x.sharding, "spec", ())
-        for letter, entry in zip(axes, spec, strict=False):
-            if entry is not None and letter in found and not found[letter]:
-                found[letter] = names_of(entry)
-
-    def fitting(names: Names, *sizes: int) -> Names:
-        while any(n % Layout(mesh, names, ()).entries for n in sizes):
-            names = names[:-1]
-        return names
-
-    batch = fitting(found["B"], call.B)
-    heads = tuple(a for a in found["N"] if a not in batch)
-    return Layout(mesh, batch, fitting(heads, call.N, *([call.K] * (call.K > 1))))
-
-
 def _part(problem: Problem, layout: Layout | None) -> Problem:
     return problem if layout is None else part(problem, layout)
 
@@ -399,17 +334,6 @@ def _summed(g: Any, layout: Layout, spec: Any) -> Any:
     used = {name for entry in spec for name in names_of(entry)}
     shared = tuple(a for a in (*layout.batch, *layout.heads) if a not in used)
     return lax.psum(g, shared) if shared else g
-
-
-def _instantiated(x: Any) -> Any:
-    if not isinstance(x, SymbolicZero):
-        return x
-    zero: Any = x.aval
-    return jnp.zeros(zero.shape, zero.dtype)
-
-
-def _asked(marked: Any) -> Any:
-    return jax.tree.map(lambda x: x.perturbed, marked)
 
 
 def _distinct(jaxpr: Any, inputs: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from pallas_attn.canonical import Request
-from pallas_attn.implementations import current_device, Device
+from pallas_attn.implementations import current_device, Device, functions_of
 from pallas_attn.placement import automatic, explicit
 from pallas_attn.placement.explicit import layout_of
 from pallas_attn.placement.symbolic import is_symbolic, one_by_one
@@ -55,6 +55,10 @@ class Results:
         """Them; of plain JAX under the checkpoint name."""
         made = tuple(self.function(problem)[: self.count])
         return made if self.kernels else named(made)
+
+    def plain(self, problem: Problem) -> tuple[Any, ...]:
+        """Those of attention, as "xla" computes them."""
+        return tuple(functions_of("xla", problem.family).attend(problem)[: self.count])
 
 
 def _placed(results: Results, device: Device, problem: Problem) -> tuple[Any, ...]:

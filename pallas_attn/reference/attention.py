@@ -89,6 +89,7 @@ def bias_cotangents(problem: Problem, row: Rows, dt: Float[Array, "B N T S"]) ->
 
     def bias(added: Added) -> Array:
         zero = jnp.zeros(dt.shape, dt.dtype)
+        added = added.spread_out(*dt.shape[2:])
         return sum(seen_added(row.visible, added, dt.dtype).on(here), zero)
 
     assert isinstance(problem.bias, Added)
@@ -132,6 +133,7 @@ def rows(problem: Problem) -> Rows:
     """
     call, visibility, added = problem.call, problem.visibility, problem.bias
     assert isinstance(added, Added)
+    added = added.spread_out(call.T, call.S)
     q, k, v = widened(problem)
     visible = lax.stop_gradient(_visible(q, k, added, visibility, call))
     q, k, v = seen_operands(visible, q, k, v)

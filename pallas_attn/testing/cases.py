@@ -17,6 +17,7 @@ from jaxtyping import Array
 from pallas_attn.bias.alibi import ALiBi
 from pallas_attn.bias.base import (
     Bias,
+    distance_home,
     head_home,
     key_home,
     pair_home,
@@ -27,6 +28,7 @@ from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.factored import FactoredBias
 from pallas_attn.bias.forget_gate import ForgetGate
+from pallas_attn.bias.relative import RelativeBias
 from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.normalizers.softmax import Softmax
 
@@ -80,6 +82,17 @@ class Saturating(Bias):
         bent = jnp.tanh(self.query + self.key * self.pair)
         near = jnp.exp(-0.01 * jnp.abs(t.distance))
         return self.weight * bent - self.key * near, self.query
+
+
+class Bent(Bias):
+    """A tile that bends a table of distances."""
+
+    table: Array = distance_home(first=-8)
+    key: Array = key_home()
+
+    def tile(self, t: Any) -> Any:
+        """v_j tanh(table_d)."""
+        return self.key * jnp.tanh(self.table)
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,20 @@ def saturating(key: Array, s: Shape) -> Bias:
     )
 
 
+def relative(
+    form: str, distances: int, first: int, dtype: Any = jnp.float32
+) -> Callable[[Array, Shape], Bias]:
+    """Samples a table of distances of a form, from `first` on."""
+    return lambda key, s: RelativeBias(
+        normal(key, *s.sizes(form), distances, dtype=dtype), first
+    )
+
+
+def by_distance(key: Array, s: Shape) -> Bias:
+    """Samples a `Bent`."""
+    return Bent(normal(key, 1, s.N, 31), normal(key, s.B, s.S, 1))
+
+
 def forms(letters: str) -> list[str]:
     """All broadcast forms of an array: "NT" -> ["NT", "N1", "1T", "11"]."""
     return ["".join(x) for x in itertools.product(*((x, "1") for x in letters))]
@@ -221,6 +248,12 @@ BIASES: dict[str, Callable[[Array, Shape], Any]] = {
     "forget gate-BS1": forget_gate("BS1", 4.0),
     "forget gate-resets": resetting,
     "forget gate-with alibi dense": added(forget_gate("1SN"), alibi(), dense("B11S")),
+    "relative": relative("1N", 23, -9),
+    **{f"relative-{form}": relative(form, 11, 4) for form in forms("BN")},
+    "relative-long": relative("BN", 200, -60),
+    "relative-bfloat16": relative("1N", 40, -20, jnp.bfloat16),
+    "relative-own tile": by_distance,
+    "relative-sum": added(relative("11", 30, -2), alibi(), dense("1NTS")),
     "co_alibi": co_alibi(),
     "co_alibi-1N": co_alibi("1N"),
     "co_alibi-BN": co_alibi("BN"),

@@ -43,6 +43,7 @@ SMALL = Config(
     rows=Block(16, 32),
     cols=Block(32, 32),
     tiles=Block(16, 16),
+    tangent=Block(16, 32),
 )
 # The passes of Co-ALiBi have key blocks of one size; a query block of its forward pass
 # is a whole number of those of the others.
@@ -130,6 +131,17 @@ def gradients(sample: Sample, *, residual: bool = True, **options: Any) -> Any:
     return jax.jit(evaluate)(sample.operands, sample.conditions, sample.cotangents)
 
 
+def tangents(settings: dict[str, Any], **options: Any) -> Callable[..., Any]:
+    """(operands, conditions) -> tangents of (output, lse) along the operands."""
+    attend = attention(settings, **options)
+
+    def evaluate(operands: Any, conditions: Any) -> Any:
+        along = lambda x: attend(x, conditions)
+        return jax.jvp(along, (operands,), (operands,))[1]
+
+    return evaluate
+
+
 def truth(sample: Sample, *, residual: bool = True) -> Any:
     """((output, lse), gradients) by the dense reference in float64, as NumPy arrays.
 
@@ -139,7 +151,7 @@ def truth(sample: Sample, *, residual: bool = True) -> Any:
     evaluate = with_gradients(
         sample.settings, residual=residual, implementation="reference"
     )
-    return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
+    return in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
 def written(sample: Sample) -> Any:
@@ -154,7 +166,7 @@ def written(sample: Sample) -> Any:
         primals, pullback = jax.vjp(attend, operands)
         return primals, pullback(cotangents)[0]
 
-    return _in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
+    return in_float64(evaluate, sample.operands, sample.conditions, sample.cotangents)
 
 
 def called(**arguments: Any) -> Request:
@@ -176,7 +188,7 @@ def true_values(case: Case) -> Any:
     """(output, lse) of a case's sample in float64."""
     sample = case.sample()
     attend = attention(sample.settings, implementation="reference")
-    return _in_float64(attend, sample.operands, sample.conditions)
+    return in_float64(attend, sample.operands, sample.conditions)
 
 
 @functools.cache
@@ -264,7 +276,7 @@ def kernels(case: Case, *, arch: int = 90, **options: Any) -> tuple[Kernel, ...]
     )
 
 
-def _in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
+def in_float64(f: Callable[..., Any], *arguments: Any) -> Any:
     """F of the arguments with floats as float64, jitted, on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         return jax.tree.map(np.asarray, jax.jit(f)(*widened(arguments)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from pallas_attn.tracing.primitives import tangent_p
 
 
 def equations(f: Callable[..., Any], *arguments: Any) -> list[JaxprEqn]:
@@ -39,6 +42,10 @@ def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
         yield equation
         if equation.primitive.name == "pallas_call":
             continue
+        if equation.primitive is tangent_p:  # traced only where it is lowered
+            run = functools.partial(tangent_p.impl, **equation.params)
+            avals = [x.aval for x in equation.invars]
+            yield from _equations(jax.make_jaxpr(run)(*avals).jaxpr)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if isinstance(inner, ClosedJaxpr):
                 yield from _equations(inner.jaxpr)

@@ -35,6 +35,8 @@ CASES = [
         ("sum-alibi factored", "causal", "softmax"),
         ("forget gate", "causal", "softmax"),
         ("saturating", "causal", "softmax"),
+        ("relative", "causal", "softmax"),
+        ("relative-long", "full", "softmax"),
         ("co_alibi", "causal", "softmax"),
         ("none", "dropout", "softmax"),
         ("alibi", "causal", "sink"),

@@ -1,8 +1,8 @@
 """`python -m pallas_attn.testing.sanitize`: every kernel under compute-sanitizer.
 
-Each call runs in a process of its own, many at a time, forward and backward, with the
-shipped blocks. "dirty" is memcheck over memory that was filled with 0x7f: an index that
-nobody wrote then leaves its array, which fresh memory, all 0, hides.
+Each call runs in a process of its own, many at a time: forward, backward and tangents,
+with the shipped blocks. "dirty" is memcheck over memory that was filled with 0x7f: an
+index that nobody wrote then leaves its array, which fresh memory, all 0, hides.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ CALLS = (
     ("none", "full", "softmax"),
     ("alibi", "causal GQA", "softmax"),
     ("dense", "mask BNTS", "softmax"),
+    ("alibi", "mask TS GQA", "softmax"),
     ("dense-1NTS", "causal lengths GQA", "softmax"),
     ("sum", "causal window lengths", "softmax"),
     ("saturating", "causal segments", "softmax"),
@@ -44,6 +45,8 @@ CALLS = (
     ("factored-float32 R20", "positions per head", "softmax"),
     ("none", "dropout GQA soft cap", "softmax"),
     ("co_alibi", "all at once", "softmax"),
+    ("relative", "causal GQA", "softmax"),
+    ("relative-long", "full", "softmax"),
     ("alibi", "all at once", "sink"),
     ("none", "causal", "entmax 1.5"),
     ("sum-factored dense", "lengths", "entmax learned"),
@@ -142,24 +145,29 @@ def case_of(name: str) -> Any:
 
 
 def run(name: str, *, dirty: bool = False) -> int:
-    """One call, forward and backward, compiled; 1 where a result is not finite."""
+    """One call, forward, backward and tangents, compiled; 1 if any is not finite."""
     import jax
     import jax.numpy as jnp
 
     from pallas_attn.config import Config
-    from pallas_attn.testing.evaluate import gradients
+    from pallas_attn.testing.evaluate import gradients, tangents
+    from pallas_attn.tiled import summaries
     from pallas_attn.triton.entmax import route
 
     if dirty:
         _fill()
     route.LONG = SIZES["S"]  # plain entmax looks at lists too
+    summaries.LOOKED_AT = 1  # and softmax at what masks hide
     case = case_of(name)
     # groups of heads: all but the first store into the arrays of the one before
     config = Config(carry_mib=0) if case.bias.startswith("co_alibi") else None
     sample = case.sample()
-    found = gradients(sample, implementation="triton", config=config)
-    output, grads = found[0][0], found[1]
-    finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), (output, grads))
+    options: dict[str, Any] = {"implementation": "triton", "config": config}
+    found = gradients(sample, **options)
+    along = jax.jit(tangents(sample.settings, **options))
+    moved = along(sample.operands, sample.conditions)
+    found = (found[0][0], found[1], moved)
+    finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), found)
     if not all(jax.tree.leaves(finite)):
         print(f"{case}: not finite: {finite}")
         return 1

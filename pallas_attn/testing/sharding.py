@@ -10,15 +10,15 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_attn.testing.cases import Case, Sample
-from pallas_attn.testing.evaluate import EXACT, small, with_gradients
+from pallas_attn.testing.cases import Case
+from pallas_attn.testing.evaluate import attention, EXACT, small, with_gradients
 from pallas_attn.testing.numerics import assert_formula, assert_same_bits
 
 
@@ -89,6 +89,8 @@ def placed(devices: int, every: bool = False) -> Iterator[Placed]:
 def check(row: Placed) -> None:
     """Sharded equals unsharded, every gradient too, twice in the same bits.
 
+    And tangents, where kernels make them.
+
     Raises:
         AssertionError: if it does not, or if the program moves what is sharded.
     """
@@ -98,11 +100,30 @@ def check(row: Placed) -> None:
         "config": small(row.case.bias, row.case.normalizer),
         **EXACT,
     }
-    function = with_gradients(sample.settings, **options)
     arguments = (sample.operands, sample.conditions, sample.cotangents)
+    specs = specs_of(arguments, row.split)
+    # a gradient lies as its operand does: that of a shared one is summed
+    graded = with_gradients(sample.settings, **options)
+    _check(row, graded, arguments, (specs[2], specs[0]))
+    if row.implementation != "triton_interpret":
+        return
+    attend = attention(sample.settings, **options)
+
+    def tangents(operands: Any, conditions: Any, moved: Any) -> Any:
+        return jax.jvp(lambda x: attend(x, conditions), (operands,), (moved,))
+
+    moved = jax.tree.map(lambda x: x[..., ::-1], sample.operands)
+    given = (sample.operands, sample.conditions, moved)
+    _check(row, tangents, given, (specs[2], specs[2]))
+
+
+def _check(
+    row: Placed, function: Callable[..., Any], arguments: tuple[Any, ...], outs: Any
+) -> None:
+    """A function of a sample, sharded, is what it is unsharded; outs: how it lies."""
     want = jax.jit(function)(*arguments)
     if row.way == "shard_map":
-        _check_mapped(row, sample, options, want)
+        _check_mapped(row, function, arguments, outs, want)
         return
     kind = AxisType.Auto if row.way == "auto" else AxisType.Explicit
     mesh = _mesh(kind)
@@ -119,22 +140,20 @@ def check(row: Placed) -> None:
     moves = MOVES.findall(program.as_text() or "")
     assert not moves, f"the program has {moves}"
     output = got[0][0]
-    assert output.sharding.is_equivalent_to(there[2][0].sharding, output.ndim)
+    lies = NamedSharding(mesh, outs[0][0])
+    assert output.sharding.is_equivalent_to(lies, output.ndim)
 
 
-def _check_mapped(row: Placed, sample: Sample, options: Any, want: Any) -> None:
+def _check_mapped(
+    row: Placed,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    outs: Any,
+    want: Any,
+) -> None:
     """Inside `jax.shard_map` as it is by default; dropout would have other masks."""
-    mesh = _mesh(AxisType.Auto)
-    arguments = (sample.operands, sample.conditions, sample.cotangents)
-    specs = specs_of(arguments, row.split)
-    function = with_gradients(sample.settings, **options)
-    # a gradient lies as its operand does: that of a shared one is summed
-    run = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=(specs[2], specs[0]),
-    )
+    mesh, specs = _mesh(AxisType.Auto), specs_of(arguments, row.split)
+    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=outs)
     program = jax.jit(run)
     got = program(*arguments)
     assert_formula(got, want)

@@ -1,25 +1,26 @@
-"""Softmax attention by the passes of any lowering, behind one custom_vjp."""
+"""Softmax attention by the passes of any lowering, and how it is differentiated."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_attn.bias.base import Added
 from pallas_attn.call import Call
 from pallas_attn.nearest import from_nearest, shifted
-from pallas_attn.normalizers.softmax import LN2
+from pallas_attn.normalizers.softmax import LN2, Softmax
 from pallas_attn.problem import Problem, sink_of
 from pallas_attn.tiled.fields import Field, fields, Values, with_fields
 from pallas_attn.tiled.operands import (
     Cols,
     Forward,
     Kept,
+    Moves,
     Operands,
     Residuals,
     Rows,
@@ -27,30 +28,42 @@ from pallas_attn.tiled.operands import (
 )
 from pallas_attn.tiled.passes import Blocks, Cotangents, Passes
 from pallas_attn.tiled.plan import Plan, plan
-from pallas_attn.tiled.split_factors import columns_of, factor_gradient, with_columns
+from pallas_attn.tiled.split_factors import (
+    columns,
+    columns_of,
+    factor_gradient,
+    with_columns,
+)
 from pallas_attn.tiled.summaries import sight
-from pallas_attn.tracing.names import named
+from pallas_attn.tracing.primitives import called
 
 
 f32 = jnp.float32
 
+# Attention in plain JAX, differentiable any number of times.
+Plain: TypeAlias = Callable[[Problem], tuple[Array, Array]]
+
 
 def attend(
-    problem: Problem, passes: Passes
+    problem: Problem, passes: Passes, plain: Plain
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Output and log-sum-exp; differentiable once, in reverse mode."""
+    """Output and log-sum-exp.
+
+    passes: what computes them, their gradients and their tangents.
+    plain: what gives all derivatives beyond the first.
+    """
     problem, shift = from_nearest(problem)
-    ops, call = operands(problem)
-    o, lse = _attend(ops, call, passes)
+    ops, call = operands(problem, looked=True)
+    o, lse = called(ByPasses(call, passes, plain), ops)
     return o, shifted(jnp.swapaxes(lse, 1, 2), shift)
 
 
-def operands(problem: Problem) -> tuple[Operands, Call]:
-    """What the passes read, and the call."""
+def operands(problem: Problem, *, looked: bool = False) -> tuple[Operands, Call]:
+    """What the passes read, and the call; looked: as `sight` has it."""
     query, call, added = problem.query, problem.call, problem.bias
     assert isinstance(added, Added)
     takes = any(term.hides for term in added.terms)
-    seen = sight(call, problem.visibility, takes=takes)
+    seen = sight(call, problem.visibility, takes=takes, looked=looked)
     arrays = (query, problem.key, problem.value)
     return Operands(*arrays, added, seen, sink_of(problem)), call
 
@@ -59,14 +72,15 @@ def visited_blocks(
     problem: Problem, passes: Passes
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
-    ops, call = operands(from_nearest(problem)[0])
+    ops, call = operands(from_nearest(problem)[0], looked=True)
     wanted = Wanted(q=True, k=True, v=True)
-    _, res = _forward(ops, call, wanted, passes)
+    _, res, _ = _forward(ops, call, wanted, passes)
     ops, p = res.ops, plan(call, ops.sight, ops.added, wanted)
     cot, pruning = passes.cotangents(res, jnp.zeros_like(res.o), None, call, p)
     rows = passes.rows(ops, cot, pruning, call, p)
     cols = passes.cols(ops, cot, pruning, call, p)
 
+    assert res.visits is not None
     assert rows.visits is not None
     assert cols.visits is not None
     return share(res.visits), share(rows.visits), share(cols.visits)
@@ -76,19 +90,6 @@ def share(visits: Int[Array, "B N blocks 2"]) -> Float[Array, "B N"]:
     """Visited blocks over all that there were, of what the programs counted."""
     count = visits.sum(2, dtype=jnp.int32).astype(f32)
     return jnp.where(count[..., 1] > 0, count[..., 0] / count[..., 1], 1.0)
-
-
-def _values(ops: Operands, call: Call, passes: Passes) -> tuple[Array, Array]:
-    return _forward(ops, call, Wanted(), passes)[0]
-
-
-def _attend_fwd(
-    ops: Operands, call: Call, passes: Passes
-) -> tuple[tuple[Array, Array], Residuals]:
-    """With a `CustomVJPPrimal` in place of every operand."""
-    values = jax.tree.map(lambda x: x.value, ops)
-    asked = jax.tree.map(lambda x: x.perturbed, ops)
-    return _forward(values, call, wanted_of(values, asked), passes)
 
 
 def wanted_of(ops: Operands, asked: Operands) -> Wanted:
@@ -105,34 +106,96 @@ def wanted_of(ops: Operands, asked: Operands) -> Wanted:
     )
 
 
-def _attend_bwd(
-    call: Call,
-    passes: Passes,
-    residuals: Residuals,
-    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
-) -> tuple[Operands]:
-    do, dlse = cotangents
-    if isinstance(do, SymbolicZero):
-        do = jnp.zeros_like(residuals.o)
-    dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    return (_backward(residuals, do, dlse, call, passes),)
+@dataclass(frozen=True)
+class ByPasses:
+    """Softmax's `Rules`: the passes of a lowering, and a formula in plain JAX."""
 
+    call: Call
+    passes: Passes
+    plain: Plain
 
-_attend = jax.custom_vjp(_values, nondiff_argnums=(1, 2))
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+    def forward(
+        self, ops: Operands, wanted: Operands
+    ) -> tuple[tuple[Array, Array], Forward]:
+        """((output, log-sum-exp [B, N, T]), what the forward pass makes)."""
+        asked = wanted_of(ops, wanted)
+        outs, _, out = _forward(ops, self.call, asked, self.passes)
+        return outs, replace(out, visits=None)
+
+    def tangent(
+        self, ops: Operands, kept: Forward, tangents: Operands
+    ) -> tuple[Array, ...]:
+        """Those of output and log-sum-exp."""
+        res = _residuals(ops, kept, self.call, Wanted())
+        return _tangent(ops, res, tangents, self.call, self.passes)
+
+    def backward(
+        self,
+        ops: Operands,
+        kept: Forward,
+        cotangents: tuple[Array | None, Array | None],
+        wanted: Operands,
+    ) -> Operands:
+        """The gradient of every operand; None where nobody asked."""
+        do, dlse = cotangents
+        do = jnp.zeros_like(kept.o) if do is None else do
+        res = _residuals(ops, kept, self.call, wanted_of(ops, wanted))
+        return _backward(res, do, dlse, self.call, self.passes)
+
+    def formula(self, ops: Operands) -> tuple[Array, Array]:
+        """Output and log-sum-exp in plain JAX."""
+        arrays, normalizer = (ops.q, ops.k, ops.v), Softmax(ops.sink)
+        problem = Problem(*arrays, ops.added, normalizer, ops.sight.arrays, self.call)
+        o, lse = self.plain(problem)
+        return o, jnp.swapaxes(lse, 1, 2)
 
 
 def _forward(
     ops: Operands, call: Call, wanted: Wanted, passes: Passes
-) -> tuple[tuple[Array, Array], Residuals]:
-    """((output, lse), residuals)."""
-    factors = ops.added.products
-    ops, wanted = columned(ops, wanted, call)
-    p = plan(call, ops.sight, ops.added, wanted)
-    out: Forward = named(passes.forward(ops, passes.grains(ops, call, p), call, p))
-    made = Residuals(ops, factors, wanted=wanted, **vars(out))
+) -> tuple[tuple[Array, Array], Residuals, Forward]:
+    """((output, lse), residuals, what they are made of)."""
+    read, asked = columned(ops, wanted, call)
+    p = plan(call, read.sight, read.added, asked)
+    out = passes.forward(read, passes.grains(read, call, p), call, p)
+    res = Residuals(read, ops.added.products, wanted=asked, **vars(out))
     nothing = -jnp.inf if ops.sink is None else ops.sink[..., None]
-    return (out.o, jnp.where(out.lse == jnp.inf, nothing, _natural(made, call))), made
+    lse = jnp.where(out.lse == jnp.inf, nothing, _natural(res, call))
+    return (out.o, lse), res, out
+
+
+def _residuals(ops: Operands, out: Forward, call: Call, wanted: Wanted) -> Residuals:
+    """The residuals of `_forward`: what is a function of operands is made again."""
+    read, asked = columned(ops, wanted, call)
+    return Residuals(read, ops.added.products, wanted=asked, **vars(out))
+
+
+def _tangent(
+    ops: Operands, res: Residuals, tangents: Operands, call: Call, passes: Passes
+) -> tuple[Array, Array]:
+    """The tangents of output and log-sum-exp [B, N, T]; None among tangents: 0."""
+    moved = ((f, f.of(tangents.added.terms)) for f in fields(ops.added))
+    sides = zip(ops.added.products, tangents.added.products, strict=True)
+    products = []
+    for (a, b), (da, db) in sides:  # (A B)' = A'B + A B'
+        products += [] if da is None else columns(da, b, call)
+        products += [] if db is None else columns(a, db, call)
+    empty, sunk = res.lse == jnp.inf, None
+    if ops.sink is not None and tangents.sink is not None:
+        log = jnp.minimum(ops.sink[..., None] - _natural(res, call), 0.0)
+        weight = jnp.exp(jnp.where(empty, -jnp.inf, log))
+        sunk = weight * tangents.sink[..., None]
+    p = plan(call, res.ops.sight, res.ops.added, Wanted())
+    moves = Moves(
+        tangents.q,
+        tangents.k,
+        tangents.v,
+        {f: x for f, x in moved if x is not None},
+        tuple(products),
+        sunk,
+    )
+    out = passes.tangent(res, moves, call, p)
+    nothing = 0.0 if tangents.sink is None else tangents.sink[..., None]
+    return out.o, jnp.where(empty, nothing, out.lse)
 
 
 def _natural(res: Residuals, call: Call) -> Float[Array, "B N T"]:
@@ -232,6 +295,8 @@ def gradients(
         rows, cols = _by_ds(res, rows, cols, cols.ds, call, p, passes)
     for f in p.tile_fields:
         pairs[f] = passes.tiles(ops, cot, blocks, f, rows, call, p)
+    for f in p.diagonal_fields:
+        pairs[f] = passes.diagonals(ops, cot, blocks, f, rows, call, p)
     sink = None if taken is None else taken.gradient
     return collected(res, Made(rows, cols, pairs, total, sink), p, call)
 
@@ -330,7 +395,7 @@ def _to_field(home: str, g: Array, x: Array, along_queries: bool) -> Array:
     """[B, N, T] or [B, N, S] summed to a field's shape."""
     if home == "head":
         return reduced(g.sum(2), x, (0, 1))
-    if home == "pair":
+    if home in ("pair", "distance"):
         g = g[..., None] if along_queries else g[:, :, None, :]
         return reduced(g, x, (0, 1, 2, 3))
     return reduced(jnp.swapaxes(g, 1, 2), x, (0, 2))

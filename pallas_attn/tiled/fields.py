@@ -18,8 +18,8 @@ class Field:
     Args:
         term: The index of its term.
         name: Its name there.
-        home: Where it lives: "head", "query", "key" or "pair".
-        span: What it varies along, "", "q", "k" or "qk": who owns its gradient.
+        home: Where it lives: "head", "query", "key", "pair" or "distance".
+        span: What it varies along, "", "q", "k", "qk" or "d": who owns its gradient.
         additive: Whether its gradient is that of the score.
         steep: Whether it may give all keys of a row a value such as -1e9.
         running: Whether it holds running sums along keys.
@@ -65,7 +65,9 @@ def fields(added: Added) -> Values:
 
 
 def _span(home: str, shape: tuple[int, ...]) -> str:
-    if home == "pair":
+    if home == "distance" and len(shape) == 3:
+        return "d"
+    if home in ("pair", "distance"):
         return "q" * (shape[2] > 1) + "k" * (shape[3] > 1)
     return {"head": "", "query": "q", "key": "k"}[home]
 
@@ -87,12 +89,14 @@ def turned(added: Added) -> Added:
 
 
 def along(field: Field, x: Array) -> Float[Array, "#B #N length"] | None:
-    """A field that varies along queries or keys alone, or along neither; else None.
+    """A field that varies along queries, keys or diagonals alone, or along none.
 
-    None for a head's number too.
+    None of one that varies along queries and keys, and of a head's number.
     """
     if field.home == "head" or field.span == "qk":
         return None
-    if field.home == "pair":
+    if field.span == "d":
+        return x
+    if field.home in ("pair", "distance"):
         return x.reshape(*x.shape[:2], -1)
     return jnp.swapaxes(x, 1, 2)

@@ -57,7 +57,7 @@ class Forward:
     lse: log2, +inf for empty rows; where scores may be large, in two: peak (units of
         q.k) and total (log2).
     reach: what bounds the scores of a block of queries, as the lowering has it.
-    visits: how many blocks each program visited, of how many.
+    visits: how many blocks each program visited, of how many; None: nobody will ask.
     """
 
     grains: Tree = None
@@ -66,7 +66,7 @@ class Forward:
     peak: Float[Array, "B N T"] | None = None
     reach: Float[Array, "B N blocks"] | None = None
     total: Float[Array, "B N T"] | None = None
-    visits: Int[Array, "B N blocks 2"]
+    visits: Int[Array, "B N blocks 2"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -108,6 +108,36 @@ class Cols:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Moves:
+    """Tangents of operands, as a tangent pass reads them; None, or absent: 0.
+
+    fields: of terms.
+    products: columns that add up to the tangent of all products, in units of q.k.
+    sunk: of a sink, times its weight in every row.
+    """
+
+    q: Float[Array, "B T N H"] | None
+    k: Float[Array, "B S K H"] | None
+    v: Float[Array, "B S K h"] | None
+    fields: Values
+    products: tuple[tuple[Array, Array], ...] = ()
+    sunk: Float[Array, "B N T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What a tangent pass makes; 0 of empty rows.
+
+    lse: float32, of the natural log-sum-exp.
+    """
+
+    lse: Float[Array, "B N T"]
+    o: Float[Array, "B T N h"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Residuals:
     """What the backward pass keeps of the forward pass.
 
@@ -120,7 +150,7 @@ class Residuals:
     factors: tuple[tuple[Array, Array], ...]
     o: Float[Array, "B T N h"]
     lse: Float[Array, "B N T"]
-    visits: Int[Array, "B N blocks 2"]
+    visits: Int[Array, "B N blocks 2"] | None
     wanted: Wanted = field(metadata={"static": True})
     grains: Tree = None
     reach: Float[Array, "B N blocks"] | None = None

@@ -12,7 +12,15 @@ from jaxtyping import Array
 
 from pallas_attn.call import Call
 from pallas_attn.tiled.fields import Field
-from pallas_attn.tiled.operands import Cols, Forward, Operands, Residuals, Rows
+from pallas_attn.tiled.operands import (
+    Cols,
+    Forward,
+    Moved,
+    Moves,
+    Operands,
+    Residuals,
+    Rows,
+)
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.types import Tree
 
@@ -32,6 +40,10 @@ class Passes(Protocol):
 
     def forward(self, ops: Operands, grains: Grains, call: Call, p: Plan) -> Forward:
         """Output, log-sum-exp and what else the plan needs of them."""
+        ...
+
+    def tangent(self, res: Residuals, moves: Moves, call: Call, p: Plan) -> Moved:
+        """The tangents of output and log-sum-exp."""
         ...
 
     def cotangents(
@@ -63,6 +75,19 @@ class Passes(Protocol):
         p: Plan,
     ) -> Array:
         """The gradient of a field along queries and keys, in the field's shape."""
+        ...
+
+    def diagonals(
+        self,
+        ops: Operands,
+        cot: Cotangents,
+        blocks: Blocks,
+        field: Field,
+        rows: Rows,
+        call: Call,
+        p: Plan,
+    ) -> Array:
+        """The gradient of a field along diagonals, in the field's shape."""
         ...
 
     def thin_rows(

@@ -29,6 +29,8 @@ class Plan:
     two_sided: bool  # far blocks on both sides of the diagonal are told apart
     batch_group: int  # batch entries side by side, where they share a bias tile
     dense: bool  # a full tile is added
+    distances: bool  # a number per distance is added
+    looked: bool  # it is known of which blocks a mask shows any
     nonlinear: bool  # a field along queries or keys is not simply added
     transpose_bias: bool  # cols reads a transposed copy of shared full tiles
     columns: int  # of all products
@@ -43,6 +45,7 @@ class Plan:
     row_fields: tuple[Field, ...] = ()
     col_fields: tuple[Field, ...] = ()
     tile_fields: tuple[Field, ...] = ()
+    diagonal_fields: tuple[Field, ...] = ()
     da: tuple[int, ...] = ()
     db: tuple[int, ...] = ()
 
@@ -82,6 +85,8 @@ def plan(
         two_sided=(pruned or sided) and not call.causal and not sight.arrays.placed,
         batch_group=_flock(call.B) if over_batch else 1,
         dense=bool(full),
+        distances=any(f.span == "d" for f in every),
+        looked=sight.grains is not None,
         nonlinear=any(f.span and not f.additive for f in every),
         transpose_bias=bool(full) and min(sharing) >= 8,
         columns=sum(b.shape[-1] for _, b in added.products),
@@ -113,6 +118,7 @@ def plan(
         row_fields=rows,
         col_fields=of_span("k"),
         tile_fields=tuple(f for f in pairs if f not in own),
+        diagonal_fields=of_span("d"),
         da=wanted.a,
         db=wanted.b,
         transpose_bias=forward.transpose_bias and not own,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_attn.call import Call
 from pallas_attn.dropout import Seed
@@ -19,6 +19,9 @@ from pallas_attn.visibility import Visibility
 
 # Queries or keys behind one stored extreme or norm.
 GRAIN = 64
+
+# Of fewer pairs a mask is not looked at beforehand: it would take longer than a pass.
+LOOKED_AT = 2**20
 
 # One number of an array, at an index.
 Load = Callable[[Ref, tuple[Index, ...]], jax.Array]
@@ -41,8 +44,10 @@ class Extremes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sight:
-    """The arrays of a Visibility, and extremes that rule out whole blocks.
+    """The arrays of a Visibility, and what rules out whole blocks.
 
+    grains: of a grain of queries and one of keys, how much a mask shows: 0 nothing, 1
+        some pairs, 2 all; None: there is none, or nobody looked.
     takes: whether a bias may take keys away, as a mask hides them.
     careful: whether to ask so of every pair: NaN there is then as a mask would have it.
     """
@@ -50,19 +55,21 @@ class Sight:
     arrays: Visibility
     segments: tuple[Extremes, Extremes] | None = None  # of queries, of keys
     positions: tuple[Extremes, Extremes] | None = None
+    grains: Int[Array, "#B #N rows columns"] | None = None
     takes: bool = field(default=False, metadata={"static": True})
     careful: bool = field(default=False, metadata={"static": True})
 
     @property
     def veiled(self) -> bool:
         """Whether any tile may have invisible pairs in places that only arrays tell."""
+        return self.veiled_beside_mask or self.arrays.mask is not None
+
+    @property
+    def veiled_beside_mask(self) -> bool:
+        """Whether there may be such pairs where a mask shows all."""
         arrays = self.arrays
-        return (
-            self.careful
-            or arrays.placed
-            or arrays.query_segments is not None
-            or arrays.mask is not None
-        )
+        segments = arrays.query_segments is not None
+        return self.careful or arrays.placed or segments
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,14 @@ class Frame:
     seed: Seed | None = None  # of dropout
 
 
-def sight(call: Call, visibility: Visibility, *, takes: bool = False) -> Sight:
-    """What the kernels get of a Visibility; takes: as `Sight` has it."""
+def sight(
+    call: Call, visibility: Visibility, *, takes: bool = False, looked: bool = False
+) -> Sight:
+    """What the kernels get of a Visibility.
+
+    takes: as `Sight` has it.
+    looked: whether to look at a mask, if it is large.
+    """
     segments = positions = None
     if visibility.query_segments is not None:
         assert visibility.key_segments is not None
@@ -97,7 +110,32 @@ def sight(call: Call, visibility: Visibility, *, takes: bool = False) -> Sight:
             extremes(visibility.query_positions),
             extremes(visibility.key_positions),
         )
-    return Sight(visibility, segments, positions, takes)
+    mask, grains = visibility.mask, None
+    looked = looked and call.config.prune and call.T * call.S >= LOOKED_AT
+    if mask is not None and looked and mask.shape[2:] == (call.T, call.S):
+        grains = grains_of(mask)
+    return Sight(visibility, segments, positions, grains, takes)
+
+
+def grains_of(mask: Bool[Array, "#B #N T S"]) -> Int[Array, "#B #N rows columns"]:
+    """How much is shown of each grain of queries and of keys: 0 nothing, 2 all, else 1.
+
+    In one read of the mask: its pairs are counted.
+    """
+    count, whole = mask, []
+    for axis in (3, 2):
+        n = count.shape[axis]
+        ends = [(0, 0)] * 4
+        ends[axis] = (0, -n % GRAIN)
+        count = jnp.pad(count, ends)
+        split = (*count.shape[:axis], -1, GRAIN, *count.shape[axis + 1 :])
+        count = count.reshape(split).sum(axis + 1, dtype=jnp.int32)
+        start = GRAIN * jnp.arange(count.shape[axis], dtype=jnp.int32)
+        whole.append(jnp.minimum(n - start, GRAIN))
+    size = whole[1][:, None] * whole[0][None, :]
+    return jnp.where(count == 0, 0, jnp.where(count == size[None, None], 2, 1)).astype(
+        jnp.int8
+    )
 
 
 def extremes(x: Shaped[Array, "#B #N length"]) -> Extremes:

@@ -1,4 +1,4 @@
-"""Functions that are differentiable once, by a rule of their own, and say so."""
+"""Functions that have derivatives by rules around them alone, and say so."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def once(run: Callable[..., Any]) -> Any:
 
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "`implementation`: the kernels are differentiable once, in reverse mode; use "
-        'implementation="xla" for jvp and second derivatives.'
+        "`implementation`: what kernels count, such as visited blocks, has no "
+        "derivative; put jax.lax.stop_gradient around it."
     )

@@ -9,9 +9,11 @@ from pallas_attn.tiled import autodiff
 from pallas_attn.triton import passes
 
 
-def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Output and log-sum-exp; differentiable once, in reverse mode."""
-    return autodiff.attend(problem, passes)
+def attend(
+    problem: Problem, plain: autodiff.Plain
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and log-sum-exp; plain: the same without kernels, as `autodiff` has it."""
+    return autodiff.attend(problem, passes, plain)
 
 
 def visited_blocks(

@@ -86,7 +86,7 @@ def rows_kernel(
     """For one query block: dq, the query side of products, row-owned fields."""
     assert out.dq is not None
     assert out.visits is not None
-    t0 = query_tile(ops.sight, call, plan, "rows", program)
+    t0 = query_tile(ops.sight, call, plan, "rows", program, blocks.order)
     products = ops.added.products
     q, do = t0.rows(ops.q), t0.rows(cot.do)
     stats = cot.of_rows(t0)
@@ -173,7 +173,7 @@ def cols_kernel(
     dk_ref, ds_ref, dv_ref, visits_ref = out.dk, out.ds, out.dv, out.visits
     assert dv_ref is not None
     assert visits_ref is not None
-    x0 = key_tile(ops.sight, call, plan, "cols", program)
+    x0 = key_tile(ops.sight, call, plan, "cols", program, blocks.order)
     first, bq, bk = x0.h, x0.bq, x0.bk
     products = ops.added.products
     k, v = x0.keys(ops.k), x0.keys(ops.v)

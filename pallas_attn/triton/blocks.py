@@ -15,19 +15,24 @@ from pallas_attn.tiled.plan import Plan
 def block_of(call: Call, plan: Plan, kernel: str) -> Block:
     """The block of a kernel: the user's, or the shipped choice."""
     user = getattr(call.config, kernel, None)
+    if kernel == "diagonals":
+        user = call.config.tiles
     load = Load(
         head_dim=max(call.H, call.h),
         dtype=call.dtype,
         exact=call.precision == lax.Precision.HIGHEST,
         length=call.T,
         dense=plan.dense,
+        distances=plan.distances,
+        looked=plan.looked,
         own=bool(plan.stored_fields),
         bent=plan.nonlinear,
         free=not (plan.dense or call.causal or plan.pruned),
         columns=plan.columns,
         small=call.shared_kib < LARGE,
     )
-    return user or shipped(kernel, load)
+    block = user or shipped(kernel, load)
+    return square(block) if kernel == "diagonals" else block
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Load:
     bent: bool  # a field along queries or keys is not simply added to the scores
     free: bool  # no dense bias, not causal, not pruned
     columns: int  # of all factored products
+    distances: bool = False  # a number per distance is added
+    looked: bool = False  # blocks that a mask hides are left out
     small: bool = False  # 99 KiB of shared memory, not 163 or 227
 
 
@@ -62,10 +69,13 @@ def shipped(kernel: str, load: Load) -> Block:
     if load.head_dim > 128:
         return _widest(kernel)
     wide = load.head_dim > 64
+    if load.looked and not load.dense and kernel in ("forward", "rows"):
+        # a smaller block is hidden, or shown whole, more often
+        return Block(64, 64, 4, 2 if wide else 3)
     thin = load.free and load.head_dim <= 32 and load.head_dim + load.columns <= 64
     match kernel:
         case "forward":
-            if wide and (load.free or load.dense):
+            if wide and (load.free or load.dense or load.distances):
                 return Block(128, 64, 8, 3)
             if wide and load.columns:  # a third stage leaves one program to an SM
                 return Block(64, 64, 4, 2)
@@ -81,24 +91,39 @@ def shipped(kernel: str, load: Load) -> Block:
             if wide:  # registers run out where a shared tile is beside dk and dv
                 return Block(64, 64, 8 if load.dense and not load.own else 4, 2)
             return Block(64, 128) if thin else Block(64, 64)
+        case "tangent":  # twice the operands of the forward pass
+            if not wide:  # not timed
+                return Block(64, 64, 4, 2)
+            beside = load.dense or load.distances or load.columns  # does not fit then
+            return Block(64, 32, 4, 2) if beside else Block(128, 64, 8, 2)
         case "thin_rows":
             return Block(128, 64, 4, 4)
         case "thin_cols":
             return Block(64, 128)
         case _:
-            assert kernel == "tiles"
+            assert kernel in ("tiles", "diagonals")
             return Block(64, 64)
+
+
+def square(block: Block) -> Block:
+    """A block with as many queries as keys."""
+    n = min(block.block_q, block.block_k)
+    return Block(n, n, block.num_warps, block.num_stages)
 
 
 def _widest(kernel: str) -> Block:
     """Head dims of 129 to 256, 16-bit."""
     if kernel.startswith("thin"):
         return Block(64, 64, 8, 2)
+    if kernel == "tangent":
+        return Block(32, 32, 8, 2)
     return Block(16, 64, 8, 2) if kernel == "cols" else Block(64, 32, 8, 2)
 
 
 def _small(kernel: str, load: Load) -> Block | None:
     """Of a card with 99 KiB, where another may not fit; None: the others' does."""
+    if kernel == "tangent":
+        return Block(32, 32, 8, 1) if load.head_dim > 128 else Block(32, 32, 4, 2)
     width = load.head_dim + load.columns  # of a key, with its side of all products
     if width > 128 and not kernel.startswith("thin"):
         return Block(16 if kernel == "cols" else 32, 32, 8, 2)
@@ -113,18 +138,21 @@ def _small(kernel: str, load: Load) -> Block | None:
 
 def _bent(kernel: str) -> Block:
     """A term's own arithmetic, and its derivatives, take registers of every score."""
-    return Block(32, 64, 4, 2) if kernel in ("forward", "rows") else Block(32, 32, 4, 2)
+    tall = kernel in ("forward", "rows", "tangent")
+    return Block(32, 64, 4, 2) if tall else Block(32, 32, 4, 2)
 
 
 def _float32(kernel: str, load: Load) -> Block:
     """float32 takes twice the shared memory; IEEE dots keep operands in registers."""
     if load.head_dim > 128:
-        small = load.exact or load.small
+        small = load.exact or load.small or kernel == "tangent"
         return Block(16, 16, 8, 1) if small else Block(32, 32, 8, 1)
     if load.exact:
         return Block(32, 16, 8, 2) if load.head_dim > 64 else Block(32, 32, 8, 2)
     narrow = load.head_dim <= 64
     match kernel:
+        case "tangent":
+            return Block(32, 32, 8, 2) if narrow else Block(32, 16, 8, 2)
         case "forward" | "thin_rows":
             return Block(64, 64 if narrow else 32, 8, 2)
         case "thin_cols":

@@ -13,7 +13,7 @@ from pallas_attn.triton.dropout import rescale
 from pallas_attn.triton.launch import Program
 from pallas_attn.triton.online import Online
 from pallas_attn.triton.programs import keys_of, query_tile, report
-from pallas_attn.triton.pruning import Pruning, visits
+from pallas_attn.triton.pruning import Pruning
 from pallas_attn.triton.terms import hold
 
 
@@ -30,12 +30,13 @@ def forward_kernel(
     plan: Plan,
 ) -> None:
     """Output and log2-sum of one query block."""
-    t0 = query_tile(ops.sight, call, plan, "forward", program)
+    assert out.visits is not None
+    t0 = query_tile(ops.sight, call, plan, "forward", program, pruning.order)
     walk, mul = keys_of(t0, plan.two_sided), call.scale * LOG2E
     q, qs = t0.rows(ops.q), [t0.rows(a) for a, _ in ops.added.products]
     held = hold(ops.added, t0, ("", "q"))
     online = Online(t0, ops, held, q, qs, plan, out.reach)
-    sums, far = pruning.added_up(walk, online)
+    sums, visits = pruning.added_up(walk, online)
     acc, base, total = online.with_sink(sums)
     if not covers(t0.frame.queries, call.T):
         inside = t0.inside_rows()
@@ -49,5 +50,5 @@ def forward_kernel(
         t0.put_stat(out.peak, jnp.where(total == 0, jnp.inf, base.high))
         log = jnp.log2(jnp.where(total == 0, 1.0, total))
         t0.put_stat(out.total, log if base.low is None else log + base.low * mul)
-    report(out.visits, t0, t0.q0 // i32(t0.bq), visits(walk, far))
+    report(out.visits, t0, t0.q0 // i32(t0.bq), visits)
     t0.note(o)

@@ -1,4 +1,4 @@
-"""What the backward passes read beside the operands, and of a tile's rows."""
+"""What passes after the forward one read beside the operands, and of a tile's rows."""
 
 from __future__ import annotations
 
@@ -90,6 +90,29 @@ class Cotangents:
         return SoftmaxRows(
             t.stat(self.lse, jnp.inf),
             t.stat(self.delta),
+            None if peak is None else t.stat(peak, jnp.inf),
+            None if total is None else t.stat(total),
+            self.large_rows,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Known:
+    """What the tangent pass reads of rows; as `Cotangents` has it, but for o."""
+
+    o: Float[Array, "B T N h"]
+    lse: Float[Array, "B N T"]
+    peak: Float[Array, "B N T"] | None = None
+    total: Float[Array, "B N T"] | None = None
+    large_rows: bool = field(default=False, metadata={"static": True})
+
+    def of_rows(self, t: Tile) -> SoftmaxRows:
+        """The statistics of a tile's queries, which have no delta."""
+        peak, total = self.peak, self.total
+        return SoftmaxRows(
+            t.stat(self.lse, jnp.inf),
+            jnp.zeros((t.bq,), jnp.float32),
             None if peak is None else t.stat(peak, jnp.inf),
             None if total is None else t.stat(total),
             self.large_rows,

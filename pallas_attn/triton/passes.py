@@ -6,31 +6,48 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from pallas_attn.bias.diagonals import summed
 from pallas_attn.call import Call
 from pallas_attn.tiled.fields import along, Field, fields, turned
-from pallas_attn.tiled.operands import Cols, Forward, Operands, Residuals, Rows
+from pallas_attn.tiled.operands import (
+    Cols,
+    Forward,
+    Moved,
+    Moves,
+    Operands,
+    Residuals,
+    Rows,
+)
 from pallas_attn.tiled.plan import Plan
 from pallas_attn.tiled.split_factors import columns_of
 from pallas_attn.tiled.summaries import extremes
 from pallas_attn.triton.again import launch_flagged, launch_watched
 from pallas_attn.triton.backward import cols_kernel, rows_kernel, tiles_kernel
 from pallas_attn.triton.blocks import block_of
+from pallas_attn.triton.diagonals import block_diagonals, diagonals_kernel
 from pallas_attn.triton.ds_products import thin_cols_kernel, thin_rows_kernel
 from pallas_attn.triton.forward import forward_kernel
 from pallas_attn.triton.launch import like, Made
-from pallas_attn.triton.operands import Cotangents
+from pallas_attn.triton.operands import Cotangents, Known
 from pallas_attn.triton.preprocess import deltas, norms
 from pallas_attn.triton.programs import grid_of
 from pallas_attn.triton.pruning import Grains, Pruning
 from pallas_attn.triton.row_weights import RowCotangents
+from pallas_attn.triton.shifted import laid
+from pallas_attn.triton.shown import shown
+from pallas_attn.triton.tangent import tangent_kernel
 from pallas_attn.triton.visitor import Visitor
 from pallas_attn.types import outline, Tree
 
 
 f32 = jnp.float32
+
+# Bytes of tiles along block diagonals that are made at a time.
+SCRATCH = 4 * 2**20
 
 
 def grains(ops: Operands, call: Call, p: Plan) -> Grains | None:
@@ -55,9 +72,19 @@ def forward(ops: Operands, grains: Grains | None, call: Call, p: Plan) -> Forwar
         total=_per_row(call) if p.large_scores else None,
         visits=_visits(call, blocks),
     )
-    inputs = (ops, Pruning(grains))
+    inputs = (laid(ops, call), _listed(Pruning(grains), ops, call, p, "forward"))
     made = _run(forward_kernel, "forward", inputs, outputs, call, p)
     return replace(made, grains=grains)
+
+
+def tangent(res: Residuals, moves: Moves, call: Call, p: Plan) -> Moved:
+    """The tangents of output and log-sum-exp, pruned as the backward pass over rows."""
+    outputs = Moved(lse=_per_row(call), o=like(res.o))
+    pruning = Pruning(res.grains) if p.pruned else Pruning()
+    known = Known(res.o, res.lse, res.peak, res.total, p.large_rows)
+    blocks = _listed(pruning, res.ops, call, p, "tangent")
+    inputs = (laid(res.ops, call), laid(moves, call), known, blocks)
+    return _run(tangent_kernel, "tangent", inputs, outputs, call, p)
 
 
 def cotangents(
@@ -89,7 +116,7 @@ def rows(
     made, strange = launch_flagged(
         rows_kernel,
         grid,
-        (ops, cot, blocks),
+        (laid(ops, call), cot, _listed(blocks, ops, call, p, "rows")),
         outputs,
         call,
         block,
@@ -115,7 +142,10 @@ def cols(
         fields=dict.fromkeys(p.col_fields, outline((call.B, call.N, call.S), f32)),
         visits=_visits(call, grid_of(call, p, "cols").blocks),
     )
-    return _run(cols_kernel, "cols", (ops, cot, blocks), outputs, call, p)
+    if not p.store_dtype:  # every block has a dS
+        blocks = _listed(blocks, ops, call, p, "cols")
+    inputs = (laid(ops, call, flip=p.flip), cot, blocks)
+    return _run(cols_kernel, "cols", inputs, outputs, call, p)
 
 
 def tiles(
@@ -141,7 +171,7 @@ def tiles(
     out, _ = launch_flagged(
         tiles_kernel,
         (across, down, b * h * runs),
-        (ops, cot, blocks),
+        (laid(ops, call), cot, blocks),
         outline((runs * b, h, t, s), f32 if runs > 1 else x.dtype),
         call,
         block,
@@ -154,6 +184,48 @@ def tiles(
     if runs == 1:
         return out
     return out.reshape(runs, b, h, t, s).sum(0).astype(x.dtype)
+
+
+def diagonals(
+    ops: Operands,
+    cot: RowCotangents,
+    blocks: Visitor,
+    field: Field,
+    rows: Rows,
+    call: Call,
+    p: Plan,
+) -> Array:
+    """The gradient of a field along diagonals, of what block diagonals added up.
+
+    Some heads after others where the tiles of all would be much beside the operands.
+    """
+    x = fields(ops.added)[field]
+    block = block_of(call, p, "diagonals")
+    n, (b, h) = block.block_q, x.shape[:2]
+    first, count = block_diagonals(call, ops.sight, n)
+    most = max(1, SCRATCH // (4 * b * count * n * n))
+    each = max(d for d in range(1, min(most, h) + 1) if h % d == 0)
+
+    def of_heads(start: Array | None) -> Array:
+        made, _ = launch_flagged(
+            diagonals_kernel,
+            (b * each, count),  # the longest first
+            (laid(ops, call), cot, blocks, start),
+            outline((b, each, count, n, n), f32),
+            call,
+            block,
+            own=n,
+            strange=rows.strange,
+            plan=p,
+            field=field,
+            first=first,
+        )
+        return summed(made, call.T, call.S, first)
+
+    if each == h:
+        return of_heads(None).astype(x.dtype)
+    groups = lax.map(of_heads, jnp.arange(0, h, each, dtype=jnp.int32)[:, None])
+    return jnp.moveaxis(groups, 0, 1).reshape(x.shape).astype(x.dtype)
 
 
 def thin_rows(
@@ -184,6 +256,14 @@ def _run(
     return launch_watched(
         kernel, grid.shape, inputs, outputs, call, block, own=own, plan=p
     )
+
+
+def _listed(blocks: Visitor, ops: Operands, call: Call, p: Plan, name: str) -> Visitor:
+    """A visitor that leaves out what a mask hides, if it is one that asks."""
+    if not isinstance(blocks, Pruning):
+        return blocks
+    block = block_of(call, p, name)
+    return replace(blocks, shown=shown(ops.sight, call, block, by_key=name == "cols"))
 
 
 def _per_row(call: Call) -> Array:

@@ -74,7 +74,7 @@ def grid_of(call: Call, plan: Plan, kernel: str) -> Grid:
         blocks=pl.cdiv(call.S, block.block_k)
         if by_key
         else pl.cdiv(call.T, block.block_q),
-        long_first=call.causal or plan.pruned,
+        long_first=call.causal or plan.pruned or plan.looked,
         flock=plan.batch_group,
     )
 
@@ -95,12 +95,22 @@ def frame_of(call: Call, sight: Sight, b: Index) -> Frame:
 
 
 def query_tile(
-    sight: Sight, call: Call, plan: Plan, kernel: str, program: Program
+    sight: Sight,
+    call: Call,
+    plan: Plan,
+    kernel: str,
+    program: Program,
+    order: Ref | None = None,
 ) -> Tile:
-    """The query block that a program owns; its first key block."""
+    """The query block that a program owns; its first key block.
+
+    order: in which blocks are begun; None: where they lie.
+    """
     grid, block = grid_of(call, plan, kernel), block_of(call, plan, kernel)
     b, h, i = grid.place(program)
-    if call.causal:  # long programs first
+    if order is not None:
+        i = uniform(call, load_number(order, (i,)))
+    elif call.causal:  # long programs first
         i = grid.blocks - 1 - i
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
@@ -109,11 +119,20 @@ def query_tile(
 
 
 def key_tile(
-    sight: Sight, call: Call, plan: Plan, kernel: str, program: Program
+    sight: Sight,
+    call: Call,
+    plan: Plan,
+    kernel: str,
+    program: Program,
+    order: Ref | None = None,
 ) -> Tile:
-    """The key block that a program owns, of the first query head of its key head."""
+    """The key block that a program owns, of the first query head of its key head.
+
+    order: as `query_tile` has it.
+    """
     grid, block = grid_of(call, plan, kernel), block_of(call, plan, kernel)
     b, head, j = grid.place(program)
+    j = j if order is None else uniform(call, load_number(order, (j,)))
     bq, bk = block.block_q, block.block_k
     where = frame_of(call, sight, b)
     flip = plan.flip and kernel == "cols"

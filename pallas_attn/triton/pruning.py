@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_attn.tiled.fields import Field, Values
 from pallas_attn.tiled.operands import Operands
 from pallas_attn.tiled.plan import Plan
-from pallas_attn.tiled.summaries import Extremes, GRAIN
+from pallas_attn.tiled.summaries import Extremes, GRAIN, Sight
 from pallas_attn.triton import schedule
 from pallas_attn.triton.blocks import block_of
 from pallas_attn.triton.memory import load_number
@@ -21,6 +22,7 @@ from pallas_attn.triton.online import Online, Sums
 from pallas_attn.triton.operands import SoftmaxRows
 from pallas_attn.triton.programs import keys_of, queries_of, Visits
 from pallas_attn.triton.scores import reach_of
+from pallas_attn.triton.shown import ALL, ANY, Shown, SOME
 from pallas_attn.triton.terms import bound
 from pallas_attn.triton.tile import at_keys, at_queries, Tile
 from pallas_attn.triton.visitor import Own, Step
@@ -51,18 +53,25 @@ class Pruning:
     grains: of keys and of fields.
     reach: the largest |scale [q, A]| (log2) of a forward block of queries.
     floors: the least log2-sum of a grain of queries.
+    shown: of a pass, the blocks of which a mask shows any.
     """
 
     grains: Grains | None = None
     reach: Float[Array, "B N blocks"] | None = None
     floors: Float[Array, "B N grains"] | None = None
+    shown: Shown | None = None
 
-    def added_up(
-        self, w: schedule.Walk, online: Online
-    ) -> tuple[Sums, schedule.Remaining]:
-        """What a query block's key blocks make, and the far ones that remained."""
-        t0, edge = online.t0, online.ops.sight.veiled
-        sums = w.near_loop(
+    @property
+    def order(self) -> Ref | None:
+        """In which own blocks begin: as a mask has it."""
+        return None if self.shown is None else self.shown.order
+
+    def added_up(self, w: schedule.Walk, online: Online) -> tuple[Sums, Visits]:
+        """What a query block's key blocks make, and how many were visited."""
+        t0, sight = online.t0, online.ops.sight
+        sums, near = self._near(
+            t0,
+            w,
             lambda j, side, s: online.add(at_keys(t0, j, side, edge=True), s),
             online.start(),
         )
@@ -73,10 +82,14 @@ class Pruning:
             logs = jnp.where(t0.inside_rows(), online.logs(sums), jnp.inf)
             far = far_keys(t0, w, online.ops, online.held, self, reach, jnp.min(logs))
             add, state, finish = online.further(far, reach, sums)
-        state = far.loop(
-            lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s), state
+        state, rest = self._far(
+            t0,
+            far,
+            sight,
+            lambda edge: lambda j, side, s: add(at_keys(t0, j, side, edge=edge), s),
+            state,
         )
-        return finish(state), far
+        return finish(state), visits(w, near, rest)
 
     def over_keys(
         self,
@@ -89,20 +102,20 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the key blocks of a query block."""
-        w, edge = keys_of(t0, plan.two_sided), ops.sight.veiled
-        state = w.near_loop(
-            lambda j, side, s: step(at_keys(t0, j, side, edge=True), s), state
-        )
+        w = keys_of(t0, plan.two_sided)
+
+        def body(edge: bool) -> schedule.Body[State]:
+            return lambda j, side, s: step(at_keys(t0, j, side, edge=edge), s)
+
+        state, near = self._near(t0, w, body(edge=True), state)
         far = schedule.all_far(w.sides)
         if plan.pruned:
             assert isinstance(own.stats, SoftmaxRows)  # entmax has a support
             floor = jnp.min(jnp.where(t0.inside_rows(), own.stats.lse, jnp.inf))
             reach = reach_of(t0.call, own.q, own.qs)
             far = far_keys(t0, w, ops, held, self, reach, floor)
-        state = far.loop(
-            lambda j, side, s: step(at_keys(t0, j, side, edge=edge), s), state
-        )
-        return state, visits(w, far)
+        state, rest = self._far(t0, far, ops.sight, body, state)
+        return state, visits(w, near, rest)
 
     def over_queries(
         self,
@@ -114,26 +127,57 @@ class Pruning:
         state: State,
     ) -> tuple[State, Visits]:
         """The loop over the query blocks of a key block."""
-        w, edge = queries_of(t0, plan.two_sided), ops.sight.veiled
-        state = w.near_loop(
-            lambda i, side, s: step(at_queries(t0, i, side, edge=True), s), state
-        )
+        w = queries_of(t0, plan.two_sided)
+
+        def body(edge: bool) -> schedule.Body[State]:
+            return lambda i, side, s: step(at_queries(t0, i, side, edge=edge), s)
+
+        state, near = self._near(t0, w, body(edge=True), state)
         far = schedule.all_far(w.sides)
         if plan.pruned:
             far = far_queries(t0, w, ops, held, self, plan)
-        state = far.loop(
-            lambda i, side, s: step(at_queries(t0, i, side, edge=edge), s), state
-        )
-        return state, visits(w, far)
+        state, rest = self._far(t0, far, ops.sight, body, state)
+        return state, visits(w, near, rest)
+
+    def _near(
+        self, t0: Tile, w: schedule.Walk, body: schedule.Body[State], state: State
+    ) -> tuple[State, schedule.Remaining | None]:
+        """The loop over near blocks, and which they are if not all."""
+        if self.shown is None:
+            return w.near_loop(body, state), None
+        near = self.shown.of(t0, ANY, w.stretches())
+        return near.loop(body, state), near
+
+    def _far(
+        self,
+        t0: Tile,
+        far: schedule.Remaining,
+        sight: Sight,
+        body: Callable[[bool], schedule.Body[State]],
+        state: State,
+    ) -> tuple[State, list[schedule.Remaining]]:
+        """The loops over the far blocks that remain, and which they are.
+
+        body: of whether blocks may have pairs that nobody sees.
+        """
+        if self.shown is None or far.stretches is None:
+            return far.loop(body(sight.veiled), state), [far]
+        lie = far.stretches()
+        some, every = (self.shown.of(t0, kind, lie) for kind in (SOME, ALL))
+        state = some.loop(body(True), state)
+        return every.loop(body(sight.veiled_beside_mask), state), [some, every]
 
     def on_tile(self, t: Tile, step: Step[State], state: State) -> State:
         """One tile: every one is visited."""
         return step(t, state)
 
 
-def visits(w: schedule.Walk, far: schedule.Remaining) -> Visits:
-    """How many blocks are visited, and how many there are."""
-    return i32(w.near[1]) - i32(w.near[0]) + i32(far.count), w.visible
+def visits(
+    w: schedule.Walk, near: schedule.Remaining | None, far: list[schedule.Remaining]
+) -> Visits:
+    """How many blocks are visited, and how many there are; near: None if all are."""
+    begun = i32(w.near[1]) - i32(w.near[0]) if near is None else near.count
+    return sum([i32(x.count) for x in far], begun), w.visible
 
 
 def far_keys(
@@ -169,7 +213,11 @@ def largest_scores(
     lead = schedule.lead_of(grains.norms, t.call, t.b, t.h)
     norm = schedule.of_blocks(grains.norms, lead, j, ok, t.bk, GRAIN, jnp.maximum)
     known = {
-        f: _of_blocks(x, t, j, ok, t.bk) if f.span == "k" else _of_own(x, t, t.q0, t.bq)
+        f: _of_blocks(x, t, j, ok, t.bk)
+        if f.span == "k"
+        else _of_diagonals(x, t, t.q0 - k0, ok)
+        if f.span == "d"
+        else _of_own(x, t, t.q0, t.bq)
         for f, x in grains.fields.items()
     }
     ranges = p0, p0 + t.bq - 1, k0, k0 + t.bk - 1
@@ -192,7 +240,9 @@ def far_queries(
     assert floors is not None
     norm = _norm_of_keys(grains.norms, t)
     own = {
-        f: _of_own(x, t, t.k0, t.bk) for f, x in grains.fields.items() if f.span != "q"
+        f: _of_own(x, t, t.k0, t.bk)
+        for f, x in grains.fields.items()
+        if f.span not in ("q", "d")
     }
     reach_block = block_of(call, plan, "forward").block_q
 
@@ -202,6 +252,8 @@ def far_queries(
         floor = schedule.of_blocks(floors, lead, i, ok, t.bq, GRAIN, jnp.minimum)
         known = {
             f: _of_blocks(x, t, i, ok, t.bq)
+            if f.span == "q"
+            else _of_diagonals(x, t, i * t.bq - t.k0, ok)
             for f, x in grains.fields.items()
             if f not in own
         }
@@ -227,6 +279,18 @@ def _of_blocks(
     def worst(ref: Ref, of: schedule.Worst) -> jax.Array:
         lead = schedule.lead_of(ref, t.call, t.b, t.h)
         return schedule.of_blocks(ref, lead, i, ok, block, GRAIN, of)
+
+    return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
+
+
+def _of_diagonals(x: Extremes, t: Tile, apart: jax.Array, ok: jax.Array) -> Extremes:
+    """The extremes of a field along diagonals, of tiles whose first pairs are apart."""
+    first = apart + i32(t.call.S - t.bk)
+
+    def worst(ref: Ref, of: schedule.Worst) -> jax.Array:
+        lead = schedule.lead_of(ref, t.call, t.b, t.h)
+        length = t.bq + t.bk - 1
+        return schedule.of_runs(ref, lead, first, ok, length, GRAIN, of)
 
     return Extremes(worst(x.least, jnp.minimum), worst(x.most, jnp.maximum))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -52,6 +52,8 @@ HUGE = 1e38
 Body = Callable[[Index, Scalar, State], State]
 # The least and the largest of some entries, or of each of several blocks of them.
 Ends = tuple[jax.Array, jax.Array]
+# Blocks lo <= x < hi, and the side on which they lie.
+Stretch = tuple[Index, Index, Scalar]
 # Indices into the axes [#B, heads] of an array.
 Lead = tuple[Index, Index]
 # Which of two arrays' entries bounds both: a minimum or a maximum.
@@ -78,12 +80,21 @@ class Walk:
     span: the first and the last + 1 block of all.
     at: the block of a loop index (None: the index is the block; counted from 0 instead,
         it would cost registers).
+    edges: the blocks of the last indices, as ranges.
     """
 
     span: Range
     near: Range
     at: Callable[[Index], Index] | None
     sides: tuple[Side, ...]
+    edges: Callable[[], Sequence[Range]] = tuple
+
+    def stretches(self) -> list[Stretch]:
+        """Where the near blocks lie."""
+        (lo, hi), edges = self.near, self.edges()
+        for first, last in edges:
+            hi = hi - (last - first)
+        return [(lo, hi, 0), *((first, last, 0) for first, last in edges)]
 
     @property
     def visible(self) -> Index:
@@ -102,22 +113,41 @@ class Walk:
 
 @dataclass(frozen=True)
 class Remaining:
-    """The far blocks that are visited: how many, the t-th as (block, side), a bound.
+    """Blocks that are visited: how many, the t-th as (block, side), a bound.
 
     top: an upper bound of their scores in log2 units; inf if there is none.
+    stretches: what says where they lie; None: they are none, or nobody knows.
+    ahead: whether a block's number is read while the one before is visited: Triton
+        loads fewer blocks ahead where it must wait for their numbers, and none where
+        they are read two before.
     """
 
     count: Index
     at: Callable[[Index], tuple[Index, Scalar]]
     top: Scalar = math.inf
+    stretches: Callable[[], Sequence[Stretch]] | None = None
+    ahead: bool = False
 
     def loop(self, body: Body[State], state: State) -> State:
         """Run body(block, side, state) over them."""
         if isinstance(self.count, int):  # 0
             return state
+        if self.ahead:
+            return self._loop_ahead(body, state)
         return lax.fori_loop(
             i32(0), self.count, lambda t, s: body(*self.at(t), s), state
         )
+
+    def _loop_ahead(self, body: Body[State], state: State) -> State:
+        last = jnp.maximum(self.count - 1, 0)
+
+        def step(t: Index, known: tuple[Index, State]) -> tuple[Index, State]:
+            (block, state), side = known, self.at(t)[1]
+            after, _ = self.at(jnp.minimum(t + 1, last))
+            return after, body(block, side, state)
+
+        first, _ = self.at(i32(0))
+        return lax.fori_loop(i32(0), self.count, step, (first, state))[1]
 
 
 def over_keys(
@@ -246,7 +276,8 @@ def _split(
         return jnp.where(t < end, t, edge)
 
     near = (begin, end + low + high)
-    return Walk((first, last), near, at, tuple(sides))
+    edges = lambda: ((first, first + low), (tail, tail + high))
+    return Walk((first, last), near, at, tuple(sides), edges)
 
 
 def _all_near(block: int, visited: Range, hull: Range | None) -> Walk:
@@ -343,6 +374,27 @@ def of_blocks(
     )
 
 
+def of_runs(
+    ref: Ref,
+    lead: Lead,
+    first: jax.Array,
+    ok: jax.Array,
+    length: int,
+    grain: int,
+    worst: Worst,
+) -> jax.Array:
+    """One number for each of a vector of runs of entries, which start anywhere."""
+    start, last = first // i32(grain), (first + i32(length - 1)) // i32(grain)
+    most = (length + grain - 2) // grain + 1  # grains that a run may touch
+    return functools.reduce(
+        worst,
+        [
+            load_blocks(ref, lead, jnp.minimum(start + i32(r), last), ok)
+            for r in range(most)
+        ],
+    )
+
+
 def holes(
     call: Call,
     sides: tuple[Side, ...],
@@ -404,12 +456,26 @@ def _remaining(
         s.count if cuts is None else s.count - (cuts[n][1] - cuts[n][0])
         for n, s in enumerate(sides)
     ]
+
+    def stretches() -> list[Stretch]:
+        cut = [None] * len(sides) if cuts is None else cuts
+        return [x for y in map(_stretches, sides, cut) for x in y]
+
     if len(sides) == 1:
-        return Remaining(left[0], lambda t: (block(t, 0), sides[0].side), top)
+        at_one = lambda t: (block(t, 0), sides[0].side)
+        return Remaining(left[0], at_one, top, stretches)
 
     def at(t: Index) -> tuple[Index, Scalar]:
         one = t < left[0]
         side = jnp.where(one, f32(sides[0].side), f32(sides[1].side))
         return jnp.where(one, block(t, 0), block(t - left[0], 1)), side
 
-    return Remaining(left[0] + left[1], at, top)
+    return Remaining(left[0] + left[1], at, top, stretches)
+
+
+def _stretches(side: Side, cut: Range | None) -> list[Stretch]:
+    """What a hole leaves of the far blocks of a side."""
+    runs = [(0, side.count)] if cut is None else [(0, cut[0]), (cut[1], side.count)]
+    if side.step > 0:
+        return [(side.first + lo, side.first + hi, side.side) for lo, hi in runs]
+    return [(side.first - hi + 1, side.first - lo + 1, side.side) for lo, hi in runs]

@@ -85,7 +85,12 @@ Where = TypeVar("Where", bound=Ground)
 
 def hold(added: Added, t: Tile, spans: Iterable[str]) -> Values:
     """The fields that vary along no more than `spans`, loaded once before a loop."""
-    return {f: t.field(f.home, x) for f, x in fields(added).items() if f.span in spans}
+    return hold_fields(fields(added), t, spans)
+
+
+def hold_fields(values: Values, t: Tile, spans: Iterable[str]) -> Values:
+    """Those of some fields that vary along `spans`, loaded."""
+    return {f: t.field(f.home, x) for f, x in values.items() if f.span in spans}
 
 
 def on_tile(added: Added, t: Where, held: Values) -> tuple[Where, tuple[Bias, ...]]:
@@ -165,6 +170,24 @@ def pullback(
         }
 
     return gradients
+
+
+def pushforward(terms: tuple[Bias, ...], moved: Values, t: Ground) -> jax.Array:
+    """What the terms move by when some of their fields do, by JAX's own jvp of `tile`.
+
+    It broadcasts against the tile, as small as its parts are.
+    """
+    t = t.settled()
+
+    def total(values: Values) -> jax.Array:
+        out = jnp.zeros((1, 1), f32)
+        for n in sorted({f.term for f in moved}):
+            new = {f.name: values[f] for f in moved if f.term == n}
+            for part in parts_of(replace(terms[n], **new).tile(t)):
+                out = out + part
+        return out
+
+    return jax.jvp(total, ({f: f.of(terms) for f in moved},), (moved,))[1]
 
 
 def bound(

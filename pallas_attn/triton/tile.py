@@ -11,11 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn.bias.base import is_diagonal
 from pallas_attn.bias.region import nearest
 from pallas_attn.call import Call
 from pallas_attn.positions import difference, within
 from pallas_attn.tiled.block_ranges import cut_evenly
 from pallas_attn.tiled.summaries import Frame, Sight
+from pallas_attn.triton import shifted
 from pallas_attn.triton.memory import both, column, inside, load, store
 from pallas_attn.types import Index, Range, Ref, Scalar, View
 
@@ -257,7 +259,9 @@ class Tile:
 
     def field(self, home: str, ref: Ref) -> jax.Array:
         """A field on this tile, float32: a number, one per query or key, or a tile."""
-        if home == "pair":
+        if is_diagonal(home, len(ref.shape)):
+            return self._diagonals(ref).astype(f32)
+        if home in ("pair", "distance"):
             return self._pair_any(ref, turned=self.flip).astype(f32)
         if home == "head":
             return load(ref.at[self._lead(*ref.shape)], None).astype(f32)
@@ -409,6 +413,18 @@ class Tile:
             ok = inside(self.q0, self.bq, (0, queries), queries)
             return self.along_q(load(ref.at[b, h, pl.ds(self.q0, self.bq), zero], ok))
         return load(ref.at[b, h, zero, zero], None)
+
+    def _diagonals(self, ref: Ref) -> jax.Array:
+        """One number per pair of a field along diagonals, in its copies."""
+        b, h = self._lead(*ref.shape[:2])
+        q, k = (jnp.arange(n, dtype=i32) for n in (self.bq, self.bk))
+        pair, call = (self.along_q(q), self.along_k(k)), self.call
+        at = shifted.place(ref, call, (self.q0, self.k0), pair, flip=self.flip)
+        queries = inside(self.q0, self.bq, (0, call.T), call.T)
+        keys = inside(self.k0, self.bk, (0, call.S), call.S)
+        checks = [] if queries is None else [self.along_q(queries)]
+        checks += [] if keys is None else [self.along_k(keys)]
+        return load(ref.at[b, h, at], both(checks, self.shape))
 
     def _guard(self, visible: jax.Array | None, axis: int, x: jax.Array) -> jax.Array:
         if visible is None or not self.sight.veiled:

@@ -13,7 +13,7 @@ from pallas_attn.tiled.plan import Plan
 from pallas_attn.triton.programs import Visits
 from pallas_attn.triton.row_weights import RowWeights
 from pallas_attn.triton.tile import Tile
-from pallas_attn.types import State
+from pallas_attn.types import Ref, State
 
 
 # One more tile of a loop: (tile, state) -> state.
@@ -35,6 +35,11 @@ class Visitor(Protocol):
     `entmax.support.Support`, which knows the blocks with weight. Each must visit every
     block that holds weight, exactly once, and may visit others.
     """
+
+    @property
+    def order(self) -> Ref | None:
+        """In which own blocks begin, [blocks], long ones first; None: as they lie."""
+        ...
 
     def over_keys(
         self,

@@ -47,11 +47,13 @@ BIASES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "ALiBi": (("alibi",), {}),
     "Co-ALiBi": (("co_alibi",), {}),
     "forget gate": (("forget",), {}),
+    "a table of distances": (("relative",), {}),
     "ALiBi + factored + dense": (("alibi", "factored", "dense"), {}),
     "your own, a tile": (("logdist",), {}),
     "your own, parts": (("parts",), {}),
     "your own, a tile and a product": (("mixed",), {}),
     "your own, a sum": (("expander",), {}),
+    "your own, of a table": (("table",), {}),
 }
 # Of each kind, one, for what goes with every kind.
 KINDS = (
@@ -139,7 +141,7 @@ def _plan(
     forms: dict[str, str],
     facts: dict[str, Any],
 ) -> Plan:
-    letters = {"B": 2, "R": 5, "1": 1} | sizes | facts
+    letters = {"B": 2, "R": 5, "D": 40, "1": 1} | sizes | facts
     spelled = lambda form: tuple(letters[x] for x in form)
     arrays = {}
     for place, kind in enumerate(terms):
@@ -158,5 +160,11 @@ def _plan(
 
 
 def _whole(home: str) -> str:
-    forms = {"head": "N", "query": "BTN", "key": "BSN", "pair": "BNTS"}
+    forms = {
+        "head": "N",
+        "query": "BTN",
+        "key": "BSN",
+        "pair": "BNTS",
+        "distance": "ND",
+    }
     return forms[home.rstrip("+")] + ("R" if home.endswith("+") else "")

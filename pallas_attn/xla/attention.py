@@ -29,7 +29,14 @@ from pallas_attn.normalizers.softmax import Softmax
 from pallas_attn.poison import poisoned
 from pallas_attn.problem import as_terms, Problem
 from pallas_attn.visibility import allowed, seen_added, taken, Visibility, weighty
-from pallas_attn.xla.chunks import chunks, cut, cut_added, cut_visibility, may_hide
+from pallas_attn.xla.chunks import (
+    chunks,
+    cut,
+    cut_added,
+    cut_visibility,
+    may_hide,
+    PAIRS,
+)
 
 
 class Logits(NamedTuple):
@@ -140,7 +147,7 @@ def in_chunks(
                 part(query, "BTNH"),
                 part(key, "BKSH"),
                 part(value, "BKSh"),
-                cut_added(added, place, plan.runs),
+                cut_added(added, call, place, plan.runs),
                 cut_visibility(visibility, call, place, plan.runs),
                 small,
                 jax.tree.map(lambda x: part(x, "BKS"), unknown),
@@ -182,7 +189,8 @@ def _widened(added: Added, dtype: Any, once: bool) -> Added:
 
     def field(x: Array, home: str) -> Array:
         # one value per pair is read by one chunk, unless batches share it
-        per_chunk = home == "pair" and x.shape[2] > 1 and (once or x.shape[0] > 1)
+        pairs = home in PAIRS and x.ndim == 4
+        per_chunk = pairs and x.shape[2] > 1 and (once or x.shape[0] > 1)
         return x if per_chunk else x.astype(dtype)
 
     terms = tuple(
@@ -219,6 +227,7 @@ def _attend(
     assert keys is not None
     region = Region(queries[..., :, None], keys[..., None, :], key.dtype)
     places = allowed(call, visibility)
+    added = added.spread_out(call.T, call.S)
     added = seen_added(places, added, key.dtype)
     terms = [term for term in added.terms if has_tile(term)]
     if terms or added.products:

@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_attn.bias.base import Added, Bias, homes
+from pallas_attn.bias.base import Added, Bias, homes, is_diagonal
 from pallas_attn.call import Call
-from pallas_attn.letters import FIELDS
+from pallas_attn.letters import FIELDS, letters
 from pallas_attn.tracing.varying import in_shard_map
 from pallas_attn.visibility import positions, Visibility
 
@@ -31,6 +31,9 @@ MOST_ROWS, LEAST_ROWS = 256, 32
 # is a loop of its own: more groups save more work and cost more compilation and, in a
 # backward, one more set of key gradients.
 GROUPS = 4
+
+# homes of fields that may have one value for each query and key
+PAIRS = ("pair", "distance")
 
 # letter of an axis -> (start, size); the batch's counts within each of several runs
 Place = Mapping[str, tuple[Any, int]]
@@ -149,7 +152,8 @@ def _offset(call: Call, visibility: Visibility) -> int | None:
 
 def _per_pair(term: Bias, call: Call) -> bool:
     """Whether a field of a term has one value for each query and key."""
-    pairs = (getattr(term, n) for n, home in homes(term).items() if home == "pair")
+    pairs = (getattr(term, n) for n, home in homes(term).items() if home in PAIRS)
+    pairs = (x for x in pairs if x.ndim == 4)
     return any(x.shape[2] == call.T > 1 and x.shape[3] == call.S > 1 for x in pairs)
 
 
@@ -187,15 +191,19 @@ def cut(x: Any, axes: str, place: Place, runs: int = 1) -> Any:
     return x
 
 
-def cut_added(added: Added, place: Place, runs: int) -> Added:
+def cut_added(added: Added, call: Call, place: Place, runs: int) -> Added:
     """What a bias adds at a place."""
+    (row, rows), (key, keys) = place["T"], place["S"]
+    # the diagonals of a place, from that of its first query and last key on
+    along = {"d": (row - key + jnp.int32(call.S - keys), rows + keys - 1)}
+
+    def field(x: Array, home: str) -> Array:
+        here = {**place, **along} if is_diagonal(home, x.ndim) else place
+        return cut(x, letters(home, x), here, runs)
+
     terms = tuple(
         dataclasses.replace(
-            term,
-            **{
-                n: cut(getattr(term, n), FIELDS[h], place, runs)
-                for n, h in homes(term).items()
-            },
+            term, **{n: field(getattr(term, n), h) for n, h in homes(term).items()}
         )
         for term in added.terms
     )

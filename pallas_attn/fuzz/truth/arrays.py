@@ -56,9 +56,10 @@ def unread(allowed: np.ndarray, shape: tuple[int, ...], home: str) -> np.ndarray
     Args:
         allowed: [*L, N, T, S].
         shape: Of the field.
-        home: "head", "query", "key" or "pair"; a "+" says that it holds vectors.
+        home: "head", "query", "key", "pair" or "distance"; a "+" says that it holds
+            vectors.
     """
-    if home == "head" or not allowed.size:
+    if home in ("head", "distance") or not allowed.size:
         return np.zeros(shape, bool)
     match home.rstrip("+"):
         case "pair":

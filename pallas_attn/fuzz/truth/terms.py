@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pallas_attn.fuzz.plan import Arrays
+from pallas_attn.fuzz.plan import Arrays, FIRST
 from pallas_attn.fuzz.truth.arrays import (
     of_head,
     of_key,
@@ -247,6 +247,46 @@ def expander(f: Arrays, see: Visibility) -> Term:
     )
 
 
+def _of_distance(
+    x: np.ndarray, see: Visibility
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """A table [*, #N, D] at all pairs, and the way back."""
+    D = x.shape[-1]
+    away = see.query_positions[..., :, None] - see.key_positions[..., None, :]
+    at = np.clip(away - FIRST, 0, D - 1)
+    table = x.reshape((1,) * (2 - x.ndim) + x.shape)
+
+    def back(dt: np.ndarray) -> np.ndarray:
+        index = np.broadcast_to(at, dt.shape)
+        every = [np.where(index == d, dt, 0).sum((-1, -2)) for d in range(D)]
+        return reduced(np.stack(every, -1), x.shape)
+
+    leading = np.broadcast_shapes(table.shape[:-1], at.shape[:-2])
+    flat = np.broadcast_to(at, (*leading, *at.shape[-2:]))
+    flat = flat.reshape(*leading, at.shape[-2] * at.shape[-1])
+    found = np.take_along_axis(np.broadcast_to(table, (*leading, D)), flat, -1)
+    return found.reshape(*leading, *at.shape[-2:]), back
+
+
+def relative(f: Arrays, see: Visibility) -> Term:
+    """The number of a distance."""
+    value, back = _of_distance(f["table"], see)
+    return Term([value], lambda dt: {"table": back(dt)})
+
+
+def table(f: Arrays, see: Visibility) -> Term:
+    """The number of a distance, times that of a key."""
+    numbers, back = _of_distance(f["numbers"], see)
+    weight = f["weight"]
+    return Term(
+        [of_key(weight) * numbers],
+        lambda dt: {
+            "numbers": back(dt * of_key(weight)),
+            "weight": to_key(dt * numbers, weight),
+        },
+    )
+
+
 TERMS: dict[str, Callable[[Arrays, Visibility], Term]] = {
     "dense": dense,
     "factored": factored,
@@ -263,4 +303,6 @@ TERMS: dict[str, Callable[[Arrays, Visibility], Term]] = {
     "outer": outer,
     "periodic": periodic,
     "expander": expander,
+    "relative": relative,
+    "table": table,
 }

@@ -1,23 +1,23 @@
-"""Co-ALiBi attention by tiled passes behind one custom_vjp."""
+"""Co-ALiBi attention by tiled passes, and how it is differentiated."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.co_alibi import CoALiBi
 from pallas_attn.call import Call
-from pallas_attn.normalizers.softmax import LN2
+from pallas_attn.normalizers.softmax import LN2, Softmax
 from pallas_attn.problem import Problem, sink_of
-from pallas_attn.tiled.autodiff import reduced, share, Sunk, sunk
+from pallas_attn.tiled.autodiff import Plain, reduced, share, Sunk, sunk
 from pallas_attn.tiled.summaries import sight
-from pallas_attn.tracing.names import named
+from pallas_attn.tracing.primitives import called
+from pallas_attn.tracing.rules import pushed
 from pallas_attn.triton.co_alibi.backward import cols_kernel, rows_kernel
 from pallas_attn.triton.co_alibi.forward import forward_kernel
 from pallas_attn.triton.co_alibi.operands import (
@@ -41,9 +41,11 @@ f32 = jnp.float32
 i32 = jnp.int32
 
 
-def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Output and log-sum-exp; differentiable once, in reverse mode."""
-    o, lse = _attend(_operands(problem), problem.call)
+def attend(
+    problem: Problem, plain: Plain
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and log-sum-exp; plain: as `tiled.autodiff.attend` has it."""
+    o, lse = called(ByPasses(problem.call, plain), _operands(problem))
     return o, jnp.swapaxes(lse, 1, 2)
 
 
@@ -60,31 +62,56 @@ def visited_blocks(
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The share of visible blocks that forward, rows and cols visit."""
     ops, call = _operands(problem), problem.call
-    _, res = _forward(ops, call, graded=True)
+    _, made = _forward(ops, call, graded=True)
+    res = Residuals(ops, **vars(made))
     out, _ = _passes(res, jnp.zeros_like(res.o), None, call)
 
+    assert res.visits is not None
     return share(res.visits), share(out.rows.visits), share(out.cols.visits)
 
 
-def _values(ops: Operands, call: Call) -> tuple[Array, Array]:
-    return _forward(ops, call, graded=False)[0]
+@dataclass(frozen=True)
+class ByPasses:
+    """Co-ALiBi's `Rules`: its passes, and a formula in plain JAX."""
+
+    call: Call
+    plain: Plain
+
+    def forward(
+        self, ops: Operands, wanted: Operands
+    ) -> tuple[tuple[Array, Array], Forward]:
+        """((output, log-sum-exp [B, N, T]), what the forward pass makes)."""
+        graded = any(jax.tree.leaves(wanted))
+        outs, out = _forward(ops, self.call, graded=graded)
+        return outs, replace(out, visits=None)
+
+    def tangent(
+        self, ops: Operands, kept: Forward, tangents: Operands
+    ) -> tuple[Array, ...]:
+        """Those of output and log-sum-exp."""
+        return pushed(self, ops, tangents)
+
+    def backward(
+        self,
+        ops: Operands,
+        kept: Forward,
+        cotangents: tuple[Array | None, Array | None],
+        wanted: Operands,
+    ) -> Operands:
+        """The gradient of every operand."""
+        do, dlse = cotangents
+        do = jnp.zeros_like(kept.o) if do is None else do
+        return _backward(Residuals(ops, **vars(kept)), do, dlse, self.call)
+
+    def formula(self, ops: Operands) -> tuple[Array, Array]:
+        """Output and log-sum-exp in plain JAX."""
+        arrays, bias = (ops.q, ops.k, ops.v), CoALiBi(ops.slopes)
+        normalizer, seen = Softmax(ops.sink), ops.sight.arrays
+        o, lse = self.plain(Problem(*arrays, bias, normalizer, seen, self.call))
+        return o, jnp.swapaxes(lse, 1, 2)
 
 
-def _attend_fwd(ops: Operands, call: Call) -> tuple[tuple[Array, Array], Residuals]:
-    """With a `CustomVJPPrimal` in place of every operand."""
-    values = jax.tree.map(lambda x: x.value, ops)
-    return _forward(values, call, graded=True)
-
-
-def _attend_bwd(
-    call: Call,
-    res: Residuals,
-    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
-) -> tuple[Operands]:
-    do, dlse = cotangents
-    if isinstance(do, SymbolicZero):
-        do = jnp.zeros_like(res.o)
-    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+def _backward(res: Residuals, do: Array, dlse: Array | None, call: Call) -> Operands:
     out, taken = _passes(res, do, dlse, call)
     slopes = res.ops.slopes
     dm = out.rows.dm.sum(2)
@@ -94,26 +121,14 @@ def _attend_bwd(
     if sink is not None and taken is not None and out.rows.beyond is not None:
         by_row = taken.settled(out.rows.beyond).gradient
         dsink = reduced(by_row.sum(2), sink, (0, 1))
-    return (
-        Operands(
-            out.rows.dq,
-            out.cols.dk,
-            out.cols.dv,
-            dm,
-            jax.tree.map(lambda _: None, res.ops.sight),
-            dsink,
-        ),
-    )
-
-
-_attend = jax.custom_vjp(_values, nondiff_argnums=(1,))
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+    nothing = jax.tree.map(lambda _: None, res.ops.sight)
+    return Operands(out.rows.dq, out.cols.dk, out.cols.dv, dm, nothing, dsink)
 
 
 def _forward(
     ops: Operands, call: Call, graded: bool
-) -> tuple[tuple[Array, Array], Residuals]:
-    """((output, lse), residuals); graded: a backward pass follows."""
+) -> tuple[tuple[Array, Array], Forward]:
+    """((output, lse), what the pass makes); graded: a backward pass follows."""
     p = plan(call)
     largest = norms(ops.k, ops.v, [], ops.sight, call)
     grid = grid_of(call, "forward", p)
@@ -134,7 +149,7 @@ def _forward(
     )
     ones = triangles(call, p.block_k, flip=False)
     inputs = (ops, largest, ones)
-    out = launch(
+    out: Forward = launch(
         forward_kernel,
         grid.shape,
         inputs,
@@ -144,10 +159,9 @@ def _forward(
         plan=p,
         graded=graded,
     )
-    out: Forward = named(out)
     nothing = -jnp.inf if ops.sink is None else ops.sink[..., None]
     natural = jnp.where(out.lse == jnp.inf, nothing, out.lse * LN2)
-    return (out.o, natural), Residuals(ops, **vars(out))
+    return (out.o, natural), out
 
 
 def _passes(

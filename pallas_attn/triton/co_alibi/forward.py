@@ -73,6 +73,7 @@ def forward_kernel(
     that the exponents of the next tile count from u + falls z; or, where sums are
     exact, a `Reference`.
     """
+    assert out.visits is not None
     t0 = query_tile(ops.sight, call, plan, "forward", None, program)
     at, slope = key_runs(t0), Slope.of(ops.slopes, t0.b, t0.h)
     q, sums, mul = t0.rows(ops.q), Sums.of(call, ones, flip=False), call.scale * LOG2E

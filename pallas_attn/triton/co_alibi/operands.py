@@ -54,7 +54,7 @@ class Forward:
     gates_low: Float[Array, "B N T"]
     lse: Float[Array, "B N T"]
     o: Float[Array, "B T N h"]
-    visits: Int[Array, "B N query_blocks 2"]
+    visits: Int[Array, "B N query_blocks 2"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +103,7 @@ class Residuals:
     gates: Float[Array, "B N T"]
     gates_low: Float[Array, "B N T"]
     first: Int[Array, "B N query_blocks"]
-    visits: Int[Array, "B N query_blocks 2"]
+    visits: Int[Array, "B N query_blocks 2"] | None
     counted: Counted | None
 
 

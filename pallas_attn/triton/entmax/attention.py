@@ -1,30 +1,33 @@
-"""Entmax attention behind one custom_vjp, and how sparse it is."""
+"""Entmax attention by tiles or lists, its derivatives, and how sparse it is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from pallas_attn.bias.base import Added, Bias, homes, parts_on
 from pallas_attn.bias.dense import DenseBias
 from pallas_attn.bias.region import Region
 from pallas_attn.nearest import from_nearest, shifted
+from pallas_attn.normalizers.entmax import Entmax
 from pallas_attn.problem import Problem
-from pallas_attn.tiled.autodiff import share, wanted_of
+from pallas_attn.tiled.autodiff import Plain, share, wanted_of
 from pallas_attn.tiled.operands import Operands, Wanted
+from pallas_attn.tracing.primitives import called
+from pallas_attn.tracing.rules import pushed
 from pallas_attn.triton.entmax.call import SparseCall
-from pallas_attn.triton.entmax.operands import Residuals
 from pallas_attn.triton.entmax.route import (
     Alpha,
     backward,
     forward,
+    Left,
     prepared,
     residual_by_score,
+    residuals,
 )
 from pallas_attn.triton.entmax.sparsity import census
 from pallas_attn.visibility import positions
@@ -36,11 +39,13 @@ f32 = jnp.float32
 UNSEEN = 1e22
 
 
-def attend(problem: Problem) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """Output and threshold; differentiable once, in reverse mode."""
+def attend(
+    problem: Problem, plain: Plain
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """Output and threshold; plain: as `tiled.autodiff.attend` has it."""
     problem, shift = without_shift(problem)
     ops, alpha, call = prepared(problem)
-    o, tau = _attend((ops, alpha), call)
+    o, tau = called(ByPasses(call, plain), (ops, alpha))
     if shift is not None:
         shift = residual_by_score(alpha, call) * shift
     return o, shifted(jnp.swapaxes(tau, 1, 2), shift)
@@ -105,7 +110,7 @@ def sparsity_shares(
     """The shares of visible pairs whose weight is 0, and of blocks without any."""
     problem, _ = without_shift(problem)
     ops, alpha, call = prepared(problem)
-    _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
+    _, res = forward(ops, alpha, call, Wanted(), False)
     found = census(res, call)
     return 1 - found.weighty, 1 - found.active
 
@@ -116,40 +121,68 @@ def visited_blocks(
     """The share of visible blocks that the output, rows and cols visit."""
     problem, _ = without_shift(problem)
     ops, alpha, call = prepared(problem)
-    _, res = forward(ops, alpha, call, Wanted(), wants_alpha=False)
+    _, res = forward(ops, alpha, call, Wanted(), False)
     active = census(res, call).active
     if res.dense is None:
         return active, active, active
     return share(res.dense.visits), active, active
 
 
-def _values(operands: tuple[Operands, Alpha], call: SparseCall) -> tuple[Array, Array]:
-    return forward(*operands, call, Wanted(), wants_alpha=False)[0]
+@dataclass(frozen=True)
+class ByPasses:
+    """Entmax's `Rules`: its passes, and a formula in plain JAX; alpha is an operand."""
 
+    call: SparseCall
+    plain: Plain
 
-def _attend_fwd(
-    operands: tuple[Operands, Alpha], call: SparseCall
-) -> tuple[tuple[Array, Array], Residuals]:
-    """With a `CustomVJPPrimal` in place of every operand."""
-    (ops, alpha), asked = (
-        jax.tree.map(lambda x, i=i: (x.value, x.perturbed)[i], operands)
-        for i in range(2)
-    )
-    wants_alpha = call.alpha is None and bool(asked[1])
-    return forward(ops, alpha, call, wanted_of(ops, asked[0]), wants_alpha=wants_alpha)
+    def forward(
+        self, ops: tuple[Operands, Alpha], wanted: tuple[Operands, Alpha]
+    ) -> tuple[tuple[Array, Array], Left]:
+        """((output, threshold [B, N, T]), what the forward pass leaves)."""
+        outs, res = forward(*ops, self.call, *self._asked(ops, wanted))
+        return outs, (res.m, res.level, res.dense, res.lists)
 
+    def tangent(
+        self, ops: tuple[Operands, Alpha], kept: Left, tangents: tuple[Operands, Alpha]
+    ) -> tuple[Array, ...]:
+        """Those of output and threshold."""
+        return pushed(self, ops, tangents)
 
-def _attend_bwd(
-    call: SparseCall,
-    residuals: Residuals,
-    cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
-) -> tuple[tuple[Operands, Array | None]]:
-    do, dtau = cotangents
-    if isinstance(do, SymbolicZero):
-        do = jnp.zeros((call.B, call.T, call.N, call.h), residuals.ops.q.dtype)
-    dtau = None if isinstance(dtau, SymbolicZero) else dtau
-    return (backward(residuals, do, dtau, call),)
+    def backward(
+        self,
+        ops: tuple[Operands, Alpha],
+        kept: Left,
+        cotangents: tuple[Array | None, Array | None],
+        wanted: tuple[Operands, Alpha],
+    ) -> tuple[Operands, Array | None]:
+        """The gradient of every operand; None where nobody asked."""
+        do, dtau = cotangents
+        call, q = self.call, ops[0].q
+        if do is None:
+            do = jnp.zeros_like(q, shape=(call.B, call.T, call.N, call.h))
+        asked, wants_alpha = self._asked(ops, wanted)
+        res = residuals(*ops, kept, call, asked, wants_alpha)
+        return backward(res, do, dtau, call)
 
+    def formula(self, ops: tuple[Operands, Alpha]) -> tuple[Array, Array]:
+        """Output and threshold in plain JAX."""
+        (arrays, alpha), call = ops, self.call
+        power = call.alpha if alpha is None else alpha
+        assert power is not None
+        problem = Problem(
+            arrays.q,
+            arrays.k,
+            arrays.v,
+            arrays.added,
+            Entmax(power, call.top_k),
+            arrays.sight.arrays,
+            call,
+        )
+        o, tau = self.plain(problem)
+        return o, jnp.swapaxes(tau, 1, 2)
 
-_attend = jax.custom_vjp(_values, nondiff_argnums=(1,))
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+    def _asked(
+        self, ops: tuple[Operands, Alpha], wanted: tuple[Operands, Alpha]
+    ) -> tuple[Wanted, bool]:
+        """Which gradients are asked for: of the operands, and whether of alpha."""
+        return wanted_of(ops[0], wanted[0]), bool(wanted[1])

@@ -23,7 +23,6 @@ from pallas_attn.tiled.autodiff import (
 )
 from pallas_attn.tiled.operands import Operands, Wanted
 from pallas_attn.tiled.plan import Plan, plan
-from pallas_attn.tracing.names import named
 from pallas_attn.triton.entmax import over_tiles
 from pallas_attn.triton.entmax.blocks import settled
 from pallas_attn.triton.entmax.call import sparse, SparseCall
@@ -43,6 +42,9 @@ LIST_BYTES, KEY_BYTES = 2**32, 24
 # None where it is static.
 Alpha = Float[Array, "#B #N"] | None
 
+# What a forward pass leaves, as `Residuals` has it: m, level, dense, lists.
+Left = tuple[Array, Array, Dense | None, Lists | None]
+
 
 def prepared(
     problem: Problem,
@@ -59,11 +61,10 @@ def forward(
     alpha: Alpha,
     call: SparseCall,
     wanted: Wanted,
-    *,
     wants_alpha: bool,
 ) -> tuple[tuple[Array, Array], Residuals]:
     """((output, tau), residuals)."""
-    factors = ops.added.products
+    given, asked = ops, wanted
     ops, wanted = columned(ops, wanted, call)
     p = plan(call, ops.sight, ops.added, wanted, may_store=False)
     found = tiles = None
@@ -73,12 +74,23 @@ def forward(
     else:
         found = over_lists.select(ops, alpha, call, p)
         o, m, level, tiles = _taken(ops, alpha, found, call, p)
-    o, m, level, tiles, found = named((o, m, level, tiles, found))
     tau = _threshold_of(alpha, m, level, call)
-    res = Residuals(
-        ops, factors, alpha, m, level, tiles, found, wanted, wants_alpha=wants_alpha
-    )
-    return (o, tau), res
+    left = (m, level, tiles, found)
+    return (o, tau), residuals(given, alpha, left, call, asked, wants_alpha)
+
+
+def residuals(
+    ops: Operands,
+    alpha: Alpha,
+    left: Left,
+    call: SparseCall,
+    wanted: Wanted,
+    wants_alpha: bool,
+) -> Residuals:
+    """What the backward pass reads: what a forward pass left, and its operands."""
+    columns, asked = columned(ops, wanted, call)
+    products = ops.added.products
+    return Residuals(columns, products, alpha, *left, asked, wants_alpha=wants_alpha)
 
 
 def _may_list(call: SparseCall, p: Plan) -> bool:

@@ -42,6 +42,10 @@ class Support:
     by_query: Int[Array, "B N query_blocks words"]
     by_key: Int[Array, "B N key_blocks words"] | None = None
 
+    @property
+    def order(self) -> None:
+        """Blocks begin where they lie."""
+
     def over_keys(
         self,
         t0: Tile,

@@ -95,7 +95,7 @@ class Sweep:
     @property
     def visits(self) -> Visits:
         """How many blocks it visits, and how many there are."""
-        return visits(self.near, self.far)
+        return visits(self.near, None, [self.far])
 
 
 def sweep_of(t0: Tile, ops: Operands, plan: Plan) -> Sweep:
