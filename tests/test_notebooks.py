@@ -18,6 +18,7 @@ NAMES = (
     "low_rank_biases",
     "sparse_attention",
     "sinks_and_distances",
+    "mean_flow",
     "pair_bias_block",
     "digits_vision_transformer",
 )
