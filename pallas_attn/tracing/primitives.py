@@ -211,6 +211,7 @@ def _primitive(kind: str, run: Callable[..., Any], types: Callable[..., Any]) ->
     p.multiple_results = True
     p.def_impl(run)
     p.def_abstract_eval(types)
+    p.to_lojax = run  # from jax 0.12 on asked where a traced part is yet to be lowered
     mlir.register_lowering(p, mlir.lower_fun(run, multiple_results=True))
 
     def batch(
